@@ -1,0 +1,5 @@
+"""Counter-based random numbers: pure functions of (seed, counters), identical on every device."""
+
+from rtrl_moe_pl.randomness.counter import bits, integers, uniform
+
+__all__ = ["bits", "integers", "uniform"]
