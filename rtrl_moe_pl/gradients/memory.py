@@ -1,0 +1,123 @@
+"""What is carried from window to window, and what it will cost."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtrl_moe_pl.linearization import Linearizer
+from rtrl_moe_pl.sensitivities import Sensitivity
+
+
+@dataclass
+class Memory:
+    """State and influence of B persistent lanes, owned by the caller.
+
+    Args:
+        state: [B, S], without a graph.
+        sensitivity: the influence of the parameters on it.
+        fresh: the next step is a start for every lane (nothing has been seen yet).
+        linearizer: how the cell is differentiated; found anew after loading, so not saved.
+    """
+
+    state: Tensor
+    sensitivity: Sensitivity
+    fresh: bool = True
+    linearizer: Linearizer | None = field(default=None, repr=False)
+
+    @property
+    def batch_size(self) -> int:
+        return self.state.shape[0]
+
+    def reset(self) -> None:
+        """Forget everything, keeping what is allocated: the next step is a start."""
+        self.sensitivity.zero_()
+        self.fresh = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers."""
+        return {"state": self.state, "fresh": self.fresh, "sensitivity": self.sensitivity.state_dict()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave.
+
+        Raises:
+            ValueError: if batch size, state size or parameters differ.
+        """
+        if saved["state"].shape != self.state.shape:
+            raise ValueError(
+                f"the saved carry has shape {tuple(saved['state'].shape)}, this run needs {tuple(self.state.shape)} "
+                "[batch, state]: resume with the batch size and the cell it was saved with"
+            )
+        self.state = saved["state"].to(self.state)
+        self.fresh = bool(saved["fresh"])
+        self.sensitivity.load_state_dict(saved["sensitivity"])
+
+
+class MemoryForecastError(ValueError):
+    """What would be allocated does not fit in the free memory."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes that training will take beyond weights and optimizer.
+
+    Args:
+        influence_bytes: P, kept from window to window (exact when every parameter is reached).
+        workspace_bytes: cotangents and factors of one window, an estimate from the parameters' shapes.
+        operations_per_token: multiply-adds of the influence update for one lane's step, counted as 2.
+    """
+
+    influence_bytes: int
+    workspace_bytes: int
+    operations_per_token: float
+
+    @property
+    def total_bytes(self) -> int:
+        return self.influence_bytes + self.workspace_bytes
+
+
+def recurrent_parameters(cell: nn.Module) -> dict[str, nn.Parameter]:
+    """The cell's parameters by public name; one shared inside the cell appears once."""
+    return {f"cell.{name}": p for name, p in cell.named_parameters()}
+
+
+def forecast_influence(cell: nn.Module, batch_size: int, itemsize: int, steps: int) -> Forecast:
+    """Forecast for a dense influence matrix advanced over windows of ``steps`` steps."""
+    parameters = [p for p in cell.parameters() if p.requires_grad]
+    size = int(getattr(cell, "state_size", 0))
+    count = sum(p.numel() for p in parameters)
+    outputs = sum(p.shape[0] for p in parameters if p.ndim == 2)  # rows that meet a cotangent
+    influence = batch_size * size * count * itemsize
+    workspace = steps * batch_size * (size + 1) * (2 * outputs + 3 * size) * itemsize
+    operations = 2 * size * count * (1 + size / steps) + 2 * size**2 * (outputs + size)
+    return Forecast(influence, workspace, operations)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device, within the process's control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    information = Path("/proc/meminfo")
+    if information.exists():
+        lines = dict(line.split(":", 1) for line in information.read_text().splitlines() if ":" in line)
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def readable(size: float) -> str:
+    """Bytes for people: 18.4 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"

@@ -1,0 +1,206 @@
+"""Real-time recurrent learning over windows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rtrl_moe_pl.gradients.base import (
+    GradientAlgorithm,
+    WindowResult,
+    autograd_gradients,
+    named_parameters,
+    with_fresh_start,
+)
+from rtrl_moe_pl.gradients.memory import (
+    Forecast,
+    Memory,
+    MemoryForecastError,
+    forecast_influence,
+    free_memory,
+    readable,
+    recurrent_parameters,
+)
+from rtrl_moe_pl.gradients.windows import LossFunction, Targets, evaluate_loss, read_out, starting_steps, unroll
+from rtrl_moe_pl.linearization import Linearizer, WindowLinearization, refuse_batch_norm
+from rtrl_moe_pl.sensitivities import DenseSensitivity, Sensitivity
+
+
+def longest_segment(state_size: int) -> int:
+    """Steps linearized at once: a longer window is cut, which bounds its workspace at about twice P. Exact."""
+    return max(2 * state_size, 64)
+
+
+class RTRL(GradientAlgorithm):
+    """Real-time recurrent learning in windows: reverse mode inside a window, forward mode across windows.
+
+    Args:
+        window: steps k. Any length gives the same gradient; about the state size is the cheapest.
+
+    Cost: a step and lane, S |theta| (1 + S / k) multiply-adds for the influence, beside BPTT's own; memory
+        B S |theta| for the influence and about B k S times the layers' outputs for a window, whatever the length of
+        the sequence.
+    Exact: equals BPTT over the whole sequence while parameters are fixed, for any cell. With an update after every
+        window it is the gradient for an offset shared by all past parameters, their increments frozen.
+    Not recommended: for sequences that fit in memory (BPTT is cheaper), or large dense states (S above about 256).
+    References: Williams & Zipser 1989, Neural Computation 1(2):270-280; Schmidhuber 1992, Neural Computation
+        4(2):243-248.
+    """
+
+    exact = True
+    carries_influence = True
+
+    def __init__(self, window: int) -> None:
+        super().__init__(window)
+
+    def _init(self, cell: nn.Module, state: Tensor) -> Memory:
+        refuse_batch_norm(cell)
+        parameters = recurrent_parameters(cell)
+        shapes = {name: p.shape for name, p in parameters.items() if p.requires_grad}
+        self._require_room(cell, state)
+        sensitivity = self._sensitivity(shapes, state)
+        return Memory(state, sensitivity, linearizer=Linearizer(cell, parameters))
+
+    @staticmethod
+    def _sensitivity(shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
+        return DenseSensitivity(shapes, *state.shape, state.dtype, state.device)
+
+    def _require_room(self, cell: nn.Module, state: Tensor) -> None:
+        batch, size = state.shape
+        assert self.window is not None
+        needed = self.forecast(cell, batch, state.dtype, self.window)
+        free = free_memory(state.device)
+        if needed.total_bytes > free:
+            count = sum(p.numel() for p in cell.parameters() if p.requires_grad)
+            lanes = int(batch * free / needed.total_bytes)
+            fix = f"lower batch_size to {lanes}" if lanes else "make the cell smaller"
+            raise MemoryForecastError(
+                f"{self} needs {readable(needed.influence_bytes)} for the influence matrix (B={batch}, S={size}, "
+                f"{count} parameters) and about {readable(needed.workspace_bytes)} for a window, but "
+                f"{readable(free)} are free: {fix}, or use TBPTT"
+            )
+
+    def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
+        assert self.window is not None
+        length = min(self.window, steps, longest_segment(int(cell.state_size)))  # type: ignore[arg-type]
+        return forecast_influence(cell, batch_size, dtype.itemsize, length)
+
+    @torch.no_grad()
+    def step(
+        self,
+        cell: nn.Module,
+        readout: nn.Module,
+        inputs: Tensor,
+        targets: Targets,
+        loss_fn: LossFunction,
+        memory: Memory,
+        starts: Tensor | None = None,
+    ) -> WindowResult:
+        starts = with_fresh_start(memory, inputs, starts)
+        starting = starting_steps(starts, inputs.shape[1])
+        linearizer = memory.linearizer
+        if linearizer is None:
+            linearizer = memory.linearizer = Linearizer(cell, recurrent_parameters(cell))
+        initial: Tensor | None = None
+        if any(starting):
+            with torch.enable_grad():
+                initial = cell.initial_state(memory.batch_size)  # type: ignore[operator]
+        window = _Window(cell, inputs, memory.state.clone(), initial, starts, starting)
+
+        if not linearizer.needs_graph():
+            given, returned = window.unroll()
+            outputs, loss, grads, cotangents = _read(cell, readout, torch.stack(returned), inputs, targets, loss_fn)
+            length = longest_segment(window.start.shape[1])
+            for begin in range(0, len(given), length):
+                segment = window.cut(begin, begin + length, given[begin])
+                part = cotangents[begin : begin + length]
+                states = torch.stack(given[begin : begin + length]), torch.stack(returned[begin : begin + length])
+                linearization = segment.linearize(linearizer, *states, part)
+                if linearization is None and begin == 0:
+                    break  # nothing has been written yet: run the whole window again, with its graph
+                if linearization is None:
+                    linearization = segment.linearize_again(linearizer, states[1], part)
+                _contract_and_advance(memory.sensitivity, linearization, grads)
+            else:
+                return _finish(memory, loss, outputs, grads, returned[-1])
+
+        leaf, returned = window.unroll_with_graph()
+        states = torch.stack([state.detach() for state in returned])
+        outputs, loss, grads, cotangents = _read(cell, readout, states, inputs, targets, loss_fn)
+        _contract_and_advance(memory.sensitivity, linearizer.linearize_graph(leaf, returned, cotangents), grads)
+        return _finish(memory, loss, outputs, grads, returned[-1])
+
+
+class _Window:
+    """One window's data, and the ways to run it."""
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        inputs: Tensor,  # [B, k, ..]
+        start: Tensor,  # [B, S]
+        initial: Tensor | None,
+        starts: Tensor | None,
+        starting: list[bool],
+    ) -> None:
+        self.cell, self.inputs, self.start = cell, inputs, start
+        self.initial, self.starts, self.starting = initial, starts, starting
+
+    def cut(self, begin: int, end: int, start: Tensor) -> _Window:
+        """The part from step ``begin`` up to ``end``, whose first step was given the state ``start``."""
+        starts = None if self.starts is None else self.starts[:, begin:end]
+        return _Window(self.cell, self.inputs[:, begin:end], start, self.initial, starts, self.starting[begin:end])
+
+    def unroll(self) -> tuple[list[Tensor], list[Tensor]]:
+        initial = None if self.initial is None else self.initial.detach()
+        return unroll(self.cell, self.inputs.unbind(1), self.start, initial, self.starts, self.starting)
+
+    @torch.enable_grad()
+    def unroll_with_graph(self) -> tuple[Tensor, list[Tensor]]:
+        leaf = self.start.detach().requires_grad_()
+        _, returned = unroll(self.cell, self.inputs.unbind(1), leaf, self.initial, self.starts, self.starting)
+        return leaf, returned
+
+    @torch.enable_grad()
+    def linearize(
+        self, linearizer: Linearizer, given: Tensor, returned: Tensor, cotangents: Tensor
+    ) -> WindowLinearization | None:
+        inputs = self.inputs.transpose(0, 1)
+        return linearizer.linearize(inputs, given, returned, cotangents, self.initial, self.starts, self.starting)
+
+    def linearize_again(self, linearizer: Linearizer, returned: Tensor, cotangents: Tensor) -> WindowLinearization:
+        """Run once more, with the graph, what has already been run without it."""
+        leaf, again = self.unroll_with_graph()
+        if not torch.equal(torch.stack([state.detach() for state in again]), returned):
+            raise RuntimeError(
+                f"{type(self.cell).__name__} gave other states when a window was run again: a random cell must be "
+                "random from its first window on (use train() before training starts)"
+            )
+        return linearizer.linearize_graph(leaf, again, cotangents)
+
+
+def _read(
+    cell: nn.Module, readout: nn.Module, states: Tensor, inputs: Tensor, targets: Targets, loss_fn: LossFunction
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+    """Outputs, loss, the parameters' direct gradients and the loss's cotangent of every state [k, B, S]."""
+    with torch.enable_grad():
+        leaf = states.detach().requires_grad_()
+        outputs = read_out(readout, leaf, inputs)
+        loss = evaluate_loss(loss_fn, outputs, targets)
+        grads, (cotangents,) = autograd_gradients(loss, named_parameters(cell, readout), leaf)
+    return outputs.detach(), loss.detach(), grads, cotangents
+
+
+def _contract_and_advance(
+    sensitivity: Sensitivity, linearization: WindowLinearization, grads: dict[str, Tensor]
+) -> None:
+    """Read P, then write it; gradients are added to ``grads`` in place."""
+    for part in (linearization.gradient(), sensitivity.vjp(linearization.cotangent)):
+        for name, gradient in part.items():
+            grads[name] += gradient
+    sensitivity.advance(linearization)
+
+
+def _finish(memory: Memory, loss: Tensor, outputs: Tensor, grads: dict[str, Tensor], state: Tensor) -> WindowResult:
+    memory.state, memory.fresh = state.detach(), False
+    return WindowResult(loss, outputs, grads, memory)

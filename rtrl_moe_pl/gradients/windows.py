@@ -1,0 +1,89 @@
+"""One window run forward: the cell in a loop, the readout once over all its states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Targets = Any  # a tensor [B, T, ..] or a tuple of them
+LossFunction = Callable[[Tensor, Targets], Tensor]
+
+
+def slice_time(value: Targets, start: int, stop: int) -> Targets:
+    """Cut ``[B, T, ..]`` tensors, or a tuple of them, to the steps ``start .. stop - 1``."""
+    if isinstance(value, Tensor):
+        return value[:, start:stop]
+    return tuple(slice_time(part, start, stop) for part in value)
+
+
+def starting_steps(starts: Tensor | None, steps: int) -> list[bool]:
+    """Whether any lane starts at each step; one transfer for the whole window."""
+    return [False] * steps if starts is None else starts.any(0).tolist()
+
+
+def unroll(
+    cell: nn.Module,
+    inputs: Sequence[Tensor],  # k tensors [B, ..]
+    state: Tensor,  # [B, S]
+    initial: Tensor | None,  # [B, S]
+    starts: Tensor | None,  # [B, k] bool
+    starting: list[bool],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run the cell over a window.
+
+    Returns:
+        the k states the cell was given (after a start replaced them) and the k states it returned, each [B, S].
+    """
+    given: list[Tensor] = []
+    returned: list[Tensor] = []
+    for t, x in enumerate(inputs):
+        if starting[t]:
+            assert starts is not None
+            assert initial is not None
+            state = torch.where(starts[:, t, None], initial, state)
+        given.append(state)
+        state = cell(x, state)
+        if not returned and state.shape != given[0].shape:
+            raise ValueError(
+                f"{type(cell).__name__}.forward returned a state of shape {tuple(state.shape)}, "
+                f"but it was given one of shape {tuple(given[0].shape)}: a cell must return [batch, state_size]"
+            )
+        returned.append(state)
+    return given, returned
+
+
+def read_out(readout: nn.Module, states: Tensor, inputs: Tensor) -> Tensor:
+    """Apply the readout once to all states of a window.
+
+    Args:
+        readout: module [N, S] -> [N, O]; called as ``readout(s, x)`` if it has ``takes_input = True``.
+        states: [k, B, S], time first.
+        inputs: [B, k, ..].
+
+    Returns:
+        outputs [B, k, O].
+    """
+    steps, batch = states.shape[:2]
+    rows = states.transpose(0, 1).reshape(batch * steps, -1)
+    if getattr(readout, "takes_input", False):
+        outputs = readout(rows, inputs.reshape(batch * steps, *inputs.shape[2:]))
+    else:
+        outputs = readout(rows)
+    if outputs.ndim != 2 or outputs.shape[0] != batch * steps:
+        raise ValueError(
+            f"{type(readout).__name__} returned shape {tuple(outputs.shape)} for {batch * steps} states: "
+            "a readout must return [rows, outputs]"
+        )
+    return outputs.view(batch, steps, -1)
+
+
+def evaluate_loss(loss_fn: LossFunction, outputs: Tensor, targets: Targets) -> Tensor:
+    """The window's loss, checked to be one number."""
+    loss = loss_fn(outputs, targets)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn returned {got}: it must return one number, summed over lanes and steps")
+    return loss.reshape(())

@@ -1,0 +1,15 @@
+"""Derivatives of a window of any cell, in the factors that an influence matrix can be advanced by."""
+
+from rtrl_moe_pl.linearization.linearizer import Linearizer, refuse_batch_norm
+from rtrl_moe_pl.linearization.window import Block, DenseTerm, IndexTerm, Member, OuterTerm, WindowLinearization
+
+__all__ = [
+    "Block",
+    "DenseTerm",
+    "IndexTerm",
+    "Linearizer",
+    "Member",
+    "OuterTerm",
+    "WindowLinearization",
+    "refuse_batch_norm",
+]

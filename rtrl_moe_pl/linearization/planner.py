@@ -1,0 +1,82 @@
+"""Decide, on a cell's first window, how each of its parameters is differentiated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rtrl_moe_pl.linearization.sparse import Pattern, colour_rows, compress
+from rtrl_moe_pl.linearization.step import Evaluation, Plan, StepLinearizer, batched_vjp
+
+PROBE_ROWS = 16
+
+
+def make_plan(step: StepLinearizer, x: Tensor, state: Tensor) -> Plan:
+    """A plan for rows like x [N, ..], state [N, S].
+
+    Any failure of the cell to run over such rows is the caller's to catch.
+    """
+    run = step.evaluate(None, x, state, cut=True)
+    outside = step.outside_taps(run, None)
+    tapped = {name for tap in run.taps for name in (tap.weight, tap.bias) if name}
+    small = {n for n in outside - tapped if step.parameters[n].ndim <= 1}
+    per_row: set[str] = set()
+    for name in sorted(small):
+        if _works_per_row(step, x, state, run.output, per_row | {name}, outside - small):
+            per_row.add(name)
+    plan = _with_patterns(step, x, state, frozenset(per_row), frozenset(outside - per_row))
+    if plan.patterns is None and per_row:
+        # a parameter normalised over its entries makes every derivative dense: keep the state's sparse instead
+        other = _with_patterns(step, x, state, frozenset(), frozenset(outside))
+        plan = other if other.patterns is not None else plan
+    return plan
+
+
+def _works_per_row(
+    step: StepLinearizer, x: Tensor, state: Tensor, truth: Tensor, per_row: set[str], untapped: set[str]
+) -> bool:
+    """Whether the cell gives the same states with one copy of these parameters for every row."""
+    plan = Plan((), frozenset(per_row), frozenset(untapped))
+    try:
+        run = step.evaluate(plan, x, state, cut=True)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    tolerance = 1e-10 if truth.dtype == torch.float64 else 1e-4
+    same_shape = run.output.shape == truth.shape
+    return same_shape and torch.allclose(run.output, truth, rtol=tolerance, atol=tolerance)
+
+
+def _with_patterns(
+    step: StepLinearizer, x: Tensor, state: Tensor, per_row: frozenset[str], untapped: frozenset[str]
+) -> Plan:
+    plan = Plan((), per_row, untapped)
+    run = step.evaluate(plan, x, state, cut=True)
+    signature = tuple(tap.signature for tap in run.taps)
+    rows = torch.linspace(0, x.shape[0] - 1, PROBE_ROWS, device=x.device).round().long()
+    states = state[rows]
+    states[::2] = step.random_like(states[::2])  # zeros of a first state must not pass for zeros of a derivative
+    patterns, batched = _patterns(step.evaluate(plan, x[rows], states, cut=True))
+    if not batched and patterns is None:
+        return Plan(signature, per_row, untapped, None, batched=False)
+    return Plan(signature, per_row, untapped, patterns, batched)
+
+
+def _patterns(run: Evaluation) -> tuple[list[list[Pattern]] | None, bool]:
+    """Patterns of every sink by every source, or None if they are not sparse; and whether vmap worked."""
+    result: list[list[Pattern]] = []
+    batched = True
+    for sink in run.sinks:
+        size = sink[0].numel()
+        eye = torch.eye(size, dtype=sink.dtype, device=sink.device)
+        cotangents = eye[:, None].expand(size, sink.shape[0], size).reshape(size, *sink.shape)
+        try:
+            jacobians = batched_vjp(sink, run.sources, cotangents, batched)
+        except RuntimeError:
+            batched = False
+            jacobians = batched_vjp(sink, run.sources, cotangents, batched)
+        present = [(j.flatten(2) != 0).any(1).cpu() for j in jacobians]
+        colours = colour_rows(present)
+        if colours is None:
+            return None, batched
+        result.append([compress(p, colours).to(sink.device) for p in present])
+    return result, batched

@@ -1,0 +1,117 @@
+"""Exact derivatives of what has no rule: parameter by parameter, or the whole window at once. Slower, never wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rtrl_moe_pl.linearization.step import batched_vjp
+from rtrl_moe_pl.linearization.window import Block, DenseTerm
+
+
+def pull_back(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
+    """``batched_vjp`` through vmap where every operation allows it, one cotangent at a time elsewhere."""
+    try:
+        found = batched_vjp(output, inputs, cotangents, batched=True)
+    except RuntimeError:
+        return batched_vjp(output, inputs, cotangents, batched=False)
+    # one operation (cdist) is silently wrong under vmap: compare the last cotangent
+    truth = torch.autograd.grad(output, inputs, cotangents[-1], retain_graph=True, materialize_grads=True)
+    tolerance = 1e-10 if output.dtype == torch.float64 else 1e-4
+    for batch, expected in zip(found, truth, strict=True):
+        if bool((batch[-1] - expected).abs().max() > tolerance * expected.abs().max() + 1e-30):
+            return batched_vjp(output, inputs, cotangents, batched=False)
+    return found
+
+
+def functional_terms(
+    cell: nn.Module,
+    parameters: dict[str, Tensor],
+    inputs: Tensor,  # [k, B, ..]
+    given: Tensor,  # [k, B, S] states that the cell was given
+    states: Tensor,  # [k, B, S, S + 1] cotangents of the states that it returned
+) -> dict[Block, list[DenseTerm]]:
+    """M of parameters in any use, by running the cell over each lane's k steps as one batch.
+
+    Cost: B forward passes over k rows, and S + 1 cotangents through each.
+    """
+    lanes: list[list[Tensor]] = []
+    for b in range(given.shape[1]):
+        with torch.enable_grad():
+            output = cell(inputs[:, b], given[:, b])
+        cotangents = states[:, b].permute(2, 0, 1)  # [S + 1, k, S]
+        lanes.append(pull_back(output, list(parameters.values()), cotangents))
+    return {
+        Block.alone(name, parameters[name].shape): [_dense_term([lane[i] for lane in lanes])]
+        for i, name in enumerate(parameters)
+    }
+
+
+def _dense_term(lanes: list[Tensor]) -> DenseTerm:
+    """From one [S + 1, *shape] a lane to [B, numel, 1, S + 1]."""
+    return DenseTerm(torch.stack([lane.flatten(1).T[:, None] for lane in lanes]))
+
+
+def initial_terms(
+    initial: Tensor,  # [B, S], with its graph
+    parameters: dict[str, Tensor],
+    cotangents: Tensor,  # [B, S, S + 1]
+) -> dict[Block, list[DenseTerm]]:
+    """M of the parameters of a learned initial state, given the cotangents it received at the starts."""
+    if not initial.requires_grad:
+        return {}
+    names = list(parameters)
+    reached = torch.autograd.grad(initial.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
+    used = {n: parameters[n] for n, g in zip(names, reached, strict=True) if g is not None}
+    lanes = []
+    for b in range(initial.shape[0]):
+        lane = cotangents[b].T  # [S + 1, S]
+        lanes.append(pull_back(initial[b], list(used.values()), lane))
+    return {
+        Block.alone(name, used[name].shape): [_dense_term([lane[i] for lane in lanes])] for i, name in enumerate(used)
+    }
+
+
+def whole_window(
+    start: Tensor,  # leaf [B, S]
+    returned: Sequence[Tensor],  # k states [B, S], with their graph
+    loss_cotangents: Tensor,  # [k, B, S]
+    parameters: dict[str, Tensor],
+) -> tuple[Tensor, Tensor, dict[Block, list[DenseTerm]]]:
+    """J, the loss's cotangent at the start and M from the graph of the window as it ran.
+
+    For cells that are random, or whose rows cannot be evaluated together. Cost: B (S + 1) backward passes (S + 1 at a
+    time where vmap allows it).
+
+    Raises:
+        ValueError: if a lane's state depends on another lane's.
+    """
+    batch, size = start.shape
+    joined = torch.stack(list(returned))  # [k, B, S]
+    names = list(parameters)
+    inputs = [start, *parameters.values()]
+    transition = start.new_empty(batch, size, size)
+    loss_at_start = torch.empty_like(start)
+    lanes: list[list[Tensor]] = []
+    for b in range(batch):
+        cotangents = joined.new_zeros(size + 1, *joined.shape)
+        cotangents[:size, -1, b] = torch.eye(size, dtype=start.dtype, device=start.device)
+        cotangents[size, :, b] = loss_cotangents[:, b]
+        at_start, *found = pull_back(joined, inputs, cotangents)  # [S + 1, B, S], [S + 1, *shape] each
+        others = at_start.clone()
+        others[:, b] = 0.0
+        if bool(others.any()):
+            raise ValueError(
+                f"lane {b}'s state depends on other lanes' states: online gradients need lanes that are independent "
+                "(replace batch statistics by LayerNorm, for example)"
+            )
+        transition[b] = at_start[:size, b].T
+        loss_at_start[b] = at_start[size, b]
+        lanes.append(found)
+    terms = {
+        Block.alone(name, parameters[name].shape): [_dense_term([lane[i] for lane in lanes])]
+        for i, name in enumerate(names)
+    }
+    return transition, loss_at_start, terms

@@ -1,0 +1,291 @@
+"""Local derivatives of one step of a cell, for all rows (time x lane) of a window at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rtrl_moe_pl.linearization.sparse import (
+    Pattern,
+    SparseJacobian,
+    times_sparse,
+)
+from rtrl_moe_pl.linearization.taps import Tap, TapRecorder
+
+Jacobian = SparseJacobian | Tensor  # dense: [N, V, U]
+
+
+class PlanMismatch(Exception):
+    """The cell did something that its plan does not describe: plan again, or take the slow path."""
+
+
+@dataclass
+class StepDerivatives:
+    """d s' at fixed parameters, for N rows.
+
+    Args:
+        sparse: pairs (T [N, S, U], W [U, S]) whose products T W are summed into ds'/ds.
+        dense: what else is summed into it, [N, S, S], or None.
+        taps: each tap with ds'/d(its output) [N, S, U].
+    """
+
+    sparse: list[tuple[SparseJacobian, Tensor]]
+    dense: Tensor | None
+    taps: list[tuple[Tap, Jacobian]]
+
+
+@dataclass
+class Plan:
+    """How a cell's parameters are reached, found on its first window.
+
+    Args:
+        signature: the taps it met, in order.
+        per_row: parameters replaced by one copy a row (element-wise use).
+        untapped: parameters left in the graph: differentiated by the functional path.
+        patterns: per sink (0 is the new state), per source (0 is the old state), or None where the cell's own
+            derivatives are not sparse and S cotangents are batched instead.
+        batched: whether those may go through vmap.
+    """
+
+    signature: tuple[object, ...]
+    per_row: frozenset[str] = frozenset()
+    untapped: frozenset[str] = frozenset()
+    patterns: list[list[Pattern]] | None = None
+    batched: bool = True
+
+
+@dataclass
+class Evaluation:
+    """One run of the cell over N rows, with its taps."""
+
+    state: Tensor  # leaf [N, S]
+    output: Tensor  # [N, S]
+    taps: list[Tap]
+    sinks: list[Tensor] = field(init=False)
+    sources: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sources = [self.state, *(tap.output for tap in self.taps)]
+        self.sinks = [self.output]
+        for tap in self.taps:
+            z = tap.input
+            if z is not None and z.requires_grad and all(z is not known for known in (self.state, *self.sinks)):
+                self.sinks.append(z)
+
+    def sink_of(self, tap: Tap) -> int:
+        """Index of the tap's input among the sinks; -1 for the old state itself."""
+        if tap.input is self.state:
+            return -1
+        return next(i for i, sink in enumerate(self.sinks) if sink is tap.input)
+
+
+class StepLinearizer:
+    """Evaluates and differentiates one step of a cell over many rows.
+
+    Args:
+        cell: the module.
+        names: parameter and buffer names by ``id``.
+        parameters: the same tensors by name; only those that require a gradient get one.
+    """
+
+    def __init__(self, cell: nn.Module, names: dict[int, str], parameters: dict[str, Tensor]) -> None:
+        self.cell = cell
+        self.names = names
+        self.parameters = parameters
+        self.local_names = {id(p): n for n, p in cell.named_parameters(remove_duplicate=False)}
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    # -- running the cell ------------------------------------------------------------------------------------------
+
+    def evaluate(self, plan: Plan | None, x: Tensor, state: Tensor, cut: bool) -> Evaluation:
+        """Run the cell once over N rows: x [N, ..], state [N, S]."""
+        leaf = state.detach().requires_grad_()
+        hidden = plan.untapped | plan.per_row if plan else frozenset()
+        names = {key: name for key, name in self.names.items() if name not in hidden}
+        recorder = TapRecorder(names, leaf.shape[0], cut)
+        copies = {}
+        for name in sorted(plan.per_row) if plan else ():
+            parameter = self.parameters[name]
+            copies[self.local_names[id(parameter)]] = recorder.per_row(name, parameter, max(parameter.ndim + 1, 2))
+        if copies:
+            output = recorder.run(lambda a, b: functional_call(self.cell, copies, (a, b)), x, leaf)
+        else:
+            output = recorder.run(self.cell, x, leaf)
+        return Evaluation(leaf, output, recorder.taps)
+
+    def random_like(self, value: Tensor) -> Tensor:
+        """Standard normal numbers that leave the global generators alone."""
+        generator = self._generators.get(value.device)
+        if generator is None:
+            generator = self._generators[value.device] = torch.Generator(value.device).manual_seed(0)
+        return torch.randn(value.shape, generator=generator, dtype=value.dtype, device=value.device)
+
+    # -- differentiating it ----------------------------------------------------------------------------------------
+
+    def derivatives(self, plan: Plan, x: Tensor, state: Tensor) -> tuple[Tensor, StepDerivatives]:
+        """The new states [N, S] and their local derivatives.
+
+        Raises:
+            PlanMismatch: if the cell met other taps, or its derivatives do not fit the plan's patterns.
+        """
+        run = self.evaluate(plan, x, state, cut=plan.patterns is not None)
+        if tuple(tap.signature for tap in run.taps) != plan.signature:
+            raise PlanMismatch("the cell reached its parameters in another way than before")
+        if plan.patterns is None:
+            if self.outside_taps(self.evaluate(plan, x, state, cut=True), plan):
+                raise PlanMismatch("a parameter is used outside its taps")
+            return run.output.detach(), self._dense(plan, run)
+        return run.output.detach(), self._compressed(plan, run)
+
+    def outside_taps(self, run: Evaluation, plan: Plan | None) -> set[str]:
+        """Trainable parameters that a cut run still depends on: those met in no recognised form."""
+        known = plan.untapped if plan else frozenset()
+        free = {n: p for n, p in self.parameters.items() if n not in known and p.requires_grad}
+        probes = [self.random_like(sink) for sink in run.sinks]
+        found = torch.autograd.grad(run.sinks, list(free.values()), probes, retain_graph=True, allow_unused=True)
+        return {name for name, gradient in zip(free, found, strict=True) if gradient is not None}
+
+    def _dense(self, plan: Plan, run: Evaluation) -> StepDerivatives:
+        size = run.output.shape[1]
+        eye = torch.eye(size, dtype=run.output.dtype, device=run.output.device)
+        jacobians = batched_vjp(run.output, run.sources, eye[:, None].expand(-1, *run.output.shape), plan.batched)
+        probe = self.random_like(run.output)
+        truth = torch.autograd.grad(run.output, run.sources, probe, retain_graph=True, materialize_grads=True)
+        dense = [j.flatten(2).transpose(0, 1) for j in jacobians]  # [N, S, U]
+        for jacobian, expected in zip(dense, truth, strict=True):
+            found = torch.bmm(probe[:, None], jacobian)[:, 0]
+            _require_close(found, expected.flatten(1))
+        return StepDerivatives([], dense[0], list(zip(run.taps, dense[1:], strict=True)))
+
+    def _compressed(self, plan: Plan, run: Evaluation) -> StepDerivatives:
+        assert plan.patterns is not None
+        if len(run.sinks) != len(plan.patterns):
+            raise PlanMismatch("the cell's taps depend on each other in another way than before")
+        direct = [self._colours(sink, run.sources, row) for sink, row in zip(run.sinks, plan.patterns, strict=True)]
+        self._check(plan, run, direct)
+        return self._compose(run, direct)
+
+    @staticmethod
+    def _colours(sink: Tensor, sources: Sequence[Tensor], patterns: Sequence[Pattern]) -> list[SparseJacobian]:
+        size = sink.shape[0]
+        jacobians = [SparseJacobian(pattern, []) for pattern in patterns]
+        for colour in range(patterns[0].row_of.shape[0]):
+            cotangent = patterns_indicator(patterns, colour).to(sink.dtype).expand(size, -1).view_as(sink)
+            parts = torch.autograd.grad(sink, sources, cotangent, retain_graph=True, allow_unused=True)
+            for jacobian, source, part in zip(jacobians, sources, parts, strict=True):
+                values = source.new_zeros(source.shape) if part is None else part
+                jacobian.values.append(values.detach().flatten(1))
+        return jacobians
+
+    def _check(self, plan: Plan, run: Evaluation, direct: list[list[SparseJacobian]]) -> None:
+        """Compare one random cotangent a row with autograd, and find uses of parameters outside the taps."""
+        probes = [self.random_like(sink) for sink in run.sinks]
+        outside = [p for n, p in self.parameters.items() if n not in plan.untapped and p.requires_grad]
+        found = torch.autograd.grad(
+            run.sinks, [*run.sources, *outside], probes, retain_graph=bool(plan.untapped), allow_unused=True
+        )
+        if any(g is not None for g in found[len(run.sources) :]):
+            raise PlanMismatch("a parameter is used outside its taps")
+        for i, truth in enumerate(found[: len(run.sources)]):
+            total: Tensor | float = 0.0
+            for probe, jacobians in zip(probes, direct, strict=True):
+                flat, jacobian = probe.flatten(1), jacobians[i]
+                for values, row_of, present in zip(
+                    jacobian.values, jacobian.pattern.gather_rows, jacobian.pattern.present, strict=True
+                ):
+                    total = total + flat[:, row_of] * (values * present)
+            expected = truth.flatten(1) if truth is not None else torch.zeros(())
+            _require_close(torch.as_tensor(total), expected)
+
+    def _compose(self, run: Evaluation, direct: list[list[SparseJacobian]]) -> StepDerivatives:
+        """Chain the Jacobians between taps into those of the whole step, last tap first."""
+        totals: list[Jacobian] = list(direct[0])
+        state_size = run.output.shape[1]
+        eye = torch.eye(state_size, dtype=run.output.dtype, device=run.output.device)
+        sparse: list[tuple[SparseJacobian, Tensor]] = []
+        if direct[0][0].pattern.present.any():
+            sparse.append((direct[0][0], eye))
+        dense: Tensor | None = None
+        for i in reversed(range(len(run.taps))):
+            tap, total = run.taps[i], totals[i + 1]
+            if tap.weight is None or tap.input is None or tap.is_lookup or not tap.input.requires_grad:
+                continue
+            weight = self._weight(tap)  # [U, V]
+            sink = run.sink_of(tap)
+            if sink < 0:
+                if isinstance(total, SparseJacobian):
+                    sparse.append((total, weight))
+                else:
+                    dense = _add(dense, total @ weight)
+                continue
+            product: Tensor | None = None
+            for j, jacobian in enumerate(direct[sink]):
+                if not jacobian.pattern.present.any():
+                    continue
+                if j == 0 and isinstance(total, SparseJacobian) and _constant(jacobian):
+                    first = SparseJacobian(jacobian.pattern, [v[:1] for v in jacobian.values])
+                    sparse.append((total, weight @ first.to_dense()[0]))
+                    continue
+                if product is None:
+                    left = total.to_dense() if isinstance(total, SparseJacobian) else total
+                    product = left @ weight  # [N, S, V]
+                part = times_sparse(product, jacobian)
+                if j == 0:
+                    dense = _add(dense, part)
+                else:
+                    before = totals[j]
+                    totals[j] = (before.to_dense() if isinstance(before, SparseJacobian) else before) + part
+        return StepDerivatives(sparse, dense, list(zip(run.taps, totals[1:], strict=True)))
+
+    def _weight(self, tap: Tap) -> Tensor:
+        """d output / d input of an affine tap, [U, V]; block-diagonal where it acts on several vectors a row."""
+        assert tap.weight is not None
+        assert tap.input is not None
+        weight = self.parameters[tap.weight].detach()
+        weight = weight.T if tap.transposed else weight
+        copies = tap.input[0].numel() // weight.shape[1]
+        if copies == 1:
+            return weight
+        return torch.kron(torch.eye(copies, dtype=weight.dtype, device=weight.device), weight)
+
+
+def patterns_indicator(patterns: Sequence[Pattern], colour: int) -> Tensor:
+    """1 for the sink's rows of this colour, [V]."""
+    first = patterns[0]
+    indicator = torch.zeros(first.rows, device=first.row_of.device)
+    for pattern in patterns:
+        rows = pattern.row_of[colour]
+        indicator[rows[rows >= 0]] = 1.0
+    return indicator
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
+
+
+def _constant(jacobian: SparseJacobian) -> bool:
+    """Whether every row has the same values: a selection or copy, not a product."""
+    return all(bool((values == values[:1]).all()) for values in jacobian.values)
+
+
+def _require_close(found: Tensor, expected: Tensor) -> None:
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(expected.dtype, 5e-2)
+    wrong = (found - expected).abs().max() > tolerance * expected.abs().max() + 1e-30
+    if bool(wrong):  # false for NaN: numbers that are not finite are reported where they are used
+        raise PlanMismatch("a derivative differs from autograd's")
+
+
+def batched_vjp(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, batched: bool) -> list[Tensor]:
+    """Several cotangents of one output, [C, *output.shape], pulled back to each input: [C, *input.shape]."""
+
+    def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, inputs, cotangent, retain_graph=True, materialize_grads=True)
+
+    if batched:
+        return list(torch.func.vmap(pull)(cotangents))
+    columns: list[Callable[..., object] | tuple[Tensor, ...]] = [pull(c) for c in cotangents]
+    return [torch.stack(parts) for parts in zip(*columns, strict=True)]  # type: ignore[arg-type]

@@ -1,0 +1,125 @@
+"""From taps and their cotangents to the blocks and terms of M."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rtrl_moe_pl.linearization.chain import tap_cotangents
+from rtrl_moe_pl.linearization.sparse import SparseJacobian
+from rtrl_moe_pl.linearization.step import Jacobian
+from rtrl_moe_pl.linearization.taps import Tap
+from rtrl_moe_pl.linearization.window import Block, IndexTerm, Member, OuterTerm, Term
+
+
+@dataclass
+class _Meeting:
+    """A tap ready for its product over time: cotangents [k, B, rows, S + 1], inputs [k, B, columns]."""
+
+    tap: Tap
+    key: tuple[object, ...]  # equal for taps with the same cotangents
+    cotangents: Tensor
+    inputs: Tensor | None
+
+
+def tap_terms(
+    taps: Sequence[tuple[Tap, Jacobian]],
+    states: Tensor,  # [k, B, S, S + 1] cotangents of the states
+    trainable: dict[str, Tensor],
+) -> dict[Block, list[Term]]:
+    """Blocks and terms of all taps with a trainable parameter."""
+    meetings = _meet(taps, states, trainable)
+    uses = Counter(name for m in meetings for name in (m.tap.weight, m.tap.bias) if name in trainable)
+    terms: dict[Block, list[Term]] = defaultdict(list)
+
+    joint: dict[tuple[object, ...], list[_Meeting]] = defaultdict(list)
+    for meeting in meetings:
+        tap = meeting.tap
+        names = [n for n in (tap.weight, tap.bias) if n in trainable]
+        if tap.is_lookup:
+            assert tap.weight is not None
+            assert meeting.inputs is not None
+            vocabulary, width = trainable[tap.weight].shape
+            block = Block(vocabulary, width, (Member(tap.weight, 0, width),))
+            terms[block].append(IndexTerm(meeting.cotangents, meeting.inputs, vocabulary))
+        elif all(uses[name] == 1 for name in names):
+            joint[meeting.key].append(meeting)
+        else:
+            for name in names:
+                block, inputs = _single(meeting, name, trainable)
+                terms[block].append(OuterTerm(meeting.cotangents, inputs))
+    for group in joint.values():
+        block, inputs = _grouped(group, trainable)
+        terms[block].append(OuterTerm(group[0].cotangents, inputs))
+    return dict(terms)
+
+
+def _meet(taps: Sequence[tuple[Tap, Jacobian]], states: Tensor, trainable: dict[str, Tensor]) -> list[_Meeting]:
+    steps, batch = states.shape[:2]
+    computed: dict[tuple[object, ...], Tensor] = {}
+    meetings = []
+    for tap, jacobian in taps:
+        if tap.weight not in trainable and tap.bias not in trainable:
+            continue
+        key = _identity(jacobian)
+        if key not in computed:
+            computed[key] = tap_cotangents(jacobian, states)
+        cotangents, inputs = computed[key], tap.input
+        rows = tap.output.shape[-1]
+        copies = tap.output[0].numel() // rows
+        if copies > 1:  # the layer acted on several vectors a row: they count as more steps
+            folded = cotangents.view(steps, batch, copies, rows, -1)
+            cotangents = folded.transpose(1, 2).reshape(steps * copies, batch, rows, -1)
+            key = (*key, copies)
+        if inputs is not None:
+            inputs = inputs.detach().reshape(steps, batch, copies, *(() if tap.is_lookup else (-1,)))
+            inputs = inputs.transpose(1, 2).flatten(0, 1)
+        meetings.append(_Meeting(tap, key, cotangents, inputs))
+    return meetings
+
+
+def _identity(jacobian: Jacobian) -> tuple[object, ...]:
+    """Equal for taps whose outputs are added: autograd hands both the same tensors."""
+    values = jacobian.values if isinstance(jacobian, SparseJacobian) else [jacobian]
+    return tuple((v.data_ptr(), v.shape, v.stride()) for v in values)
+
+
+def _single(meeting: _Meeting, name: str, trainable: dict[str, Tensor]) -> tuple[Block, Tensor | None]:
+    tap, parameter = meeting.tap, trainable[name]
+    if name != tap.weight:
+        return Block.alone(name, parameter.shape), None
+    assert meeting.inputs is not None
+    width = meeting.inputs.shape[-1]
+    return Block(parameter.numel() // width, width, (Member(name, 0, width, tap.transposed),)), meeting.inputs
+
+
+def _grouped(group: list[_Meeting], trainable: dict[str, Tensor]) -> tuple[Block, Tensor | None]:
+    """One block for all parameters that meet the same cotangents, their inputs side by side."""
+    members: list[Member] = []
+    inputs: list[Tensor] = []
+    columns = 0
+    cotangents = group[0].cotangents
+    for meeting in group:
+        tap = meeting.tap
+        if tap.weight in trainable:
+            assert tap.weight is not None
+            assert meeting.inputs is not None
+            width = meeting.inputs.shape[-1]
+            members.append(Member(tap.weight, columns, width, tap.transposed))
+            inputs.append(meeting.inputs)
+            columns += width
+    for meeting in group:
+        if meeting.tap.bias in trainable:
+            assert meeting.tap.bias is not None
+            members.append(Member(meeting.tap.bias, columns, 1))
+            inputs.append(cotangents.new_ones(1, 1, 1).expand(*cotangents.shape[:2], 1))
+            columns += 1
+    block = Block(cotangents.shape[2], columns, tuple(members))
+    if all(meeting.tap.weight not in trainable for meeting in group):
+        if len(members) == 1:
+            return block, None
+    return block, torch.cat(inputs, -1)
