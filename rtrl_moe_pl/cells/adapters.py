@@ -11,7 +11,8 @@ from rtrl_moe_pl.cells.base import Cell
 class TorchCell(Cell):
     """A ``torch.nn.RNNCell``, ``GRUCell`` or ``LSTMCell`` behind the cell interface, with exactly its numbers.
 
-    The state of an LSTMCell is flat, s = [h, c]. The module is kept, not copied, as ``cell``.
+    The state of an LSTMCell is flat, s = [h, c]. The module is kept, not copied, as ``cell``. PyTorch has no batching
+    rule for an LSTMCell's step: it cannot be called under ``torch.func.vmap`` (batched cotangents of it can be taken).
 
     Args:
         cell: the module.

@@ -15,8 +15,8 @@ from rtrl_moe_pl.cells.base import Cell
 class Stack(Cell):
     """Layer l reads what layer l - 1 has just computed; the state is the layers' states side by side, lowest first.
 
-    What a layer hands upwards is its ``output(state)`` of width ``output_size``, or the whole state of a cell that has
-    none. A gradient algorithm sees one cell, so it is exact across layers.
+    What a layer hands upwards is its ``output(state)`` of width ``output_size``, or its whole state where it has no
+    ``output_size``. A gradient algorithm sees one cell, so it is exact across layers.
 
     Args:
         cells: the layers, lowest first: any modules with ``state_size``, ``initial_state`` and ``forward``.
@@ -70,9 +70,9 @@ class Stack(Cell):
 
 
 def _output_size(cell: Any) -> int:
-    return getattr(cell, "output_size", None) or cell.state_size
+    return getattr(cell, "output_size", cell.state_size)
 
 
 def _output(cell: Any, state: Tensor) -> Tensor:
-    output = getattr(cell, "output", None)
-    return state if output is None else output(state)
+    # output_size decides: an attribute called output may be a layer of the cell's own
+    return cell.output(state) if hasattr(cell, "output_size") else state
