@@ -195,10 +195,11 @@ def _contract_and_advance(
     sensitivity: Sensitivity, linearization: WindowLinearization, grads: dict[str, Tensor]
 ) -> None:
     """Read P, then write it; gradients are added to ``grads`` in place."""
-    for part in (linearization.gradient(), sensitivity.vjp(linearization.cotangent)):
+    inside = linearization.gradient()
+    before = sensitivity.contract_and_advance(linearization.cotangent, linearization)
+    for part in (inside, before):
         for name, gradient in part.items():
             grads[name] += gradient
-    sensitivity.advance(linearization)
 
 
 def _finish(memory: Memory, loss: Tensor, outputs: Tensor, grads: dict[str, Tensor], state: Tensor) -> WindowResult:

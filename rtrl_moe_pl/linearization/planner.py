@@ -54,7 +54,7 @@ def _with_patterns(
     signature = tuple(tap.signature for tap in run.taps)
     rows = torch.linspace(0, x.shape[0] - 1, PROBE_ROWS, device=x.device).round().long()
     states = state[rows]
-    states[::2] = step.random_like(states[::2])  # zeros of a first state must not pass for zeros of a derivative
+    states[::2] = step.probe(states[::2])  # zeros of a first state must not pass for zeros of a derivative
     patterns, batched = _patterns(step.evaluate(plan, x[rows], states, cut=True))
     if not batched and patterns is None:
         return Plan(signature, per_row, untapped, None, batched=False)

@@ -66,6 +66,15 @@ class Pattern:
         return result
 
     @cached_property
+    def is_empty(self) -> bool:
+        return not bool(self.present.any())
+
+    @cached_property
+    def is_diagonal(self) -> bool:
+        """Whether it is square with entries on its whole diagonal alone."""
+        return self.runs == [[Run(0, 0, self.rows)]] and self.row_of.shape[1] == self.rows
+
+    @cached_property
     def by_row(self) -> tuple[Tensor, Tensor]:
         """The same entries by row: flat (colour, column) index [G, V], and whether there is one [G, V]."""
         columns = self.row_of.shape[1]

@@ -28,12 +28,12 @@ class StepDerivatives:
     """d s' at fixed parameters, for N rows.
 
     Args:
-        sparse: pairs (T [N, S, U], W [U, S]) whose products T W are summed into ds'/ds.
+        sparse: pairs (T [N, S, U], W [U, S]) whose products T W are summed into ds'/ds; W None for the identity.
         dense: what else is summed into it, [N, S, S], or None.
         taps: each tap with ds'/d(its output) [N, S, U].
     """
 
-    sparse: list[tuple[SparseJacobian, Tensor]]
+    sparse: list[tuple[SparseJacobian, Tensor | None]]
     dense: Tensor | None
     taps: list[tuple[Tap, Jacobian]]
 
@@ -97,7 +97,7 @@ class StepLinearizer:
         self.names = names
         self.parameters = parameters
         self.local_names = {id(p): n for n, p in cell.named_parameters(remove_duplicate=False)}
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._probes: dict[tuple[object, ...], Tensor] = {}
 
     # -- running the cell ------------------------------------------------------------------------------------------
 
@@ -117,12 +117,13 @@ class StepLinearizer:
             output = recorder.run(self.cell, x, leaf)
         return Evaluation(leaf, output, recorder.taps)
 
-    def random_like(self, value: Tensor) -> Tensor:
-        """Standard normal numbers that leave the global generators alone."""
-        generator = self._generators.get(value.device)
-        if generator is None:
-            generator = self._generators[value.device] = torch.Generator(value.device).manual_seed(0)
-        return torch.randn(value.shape, generator=generator, dtype=value.dtype, device=value.device)
+    def probe(self, value: Tensor, number: int = 0) -> Tensor:
+        """Standard normal numbers of a tensor's shape, the same at every call; the global generators are left alone."""
+        key = (value.shape, value.dtype, value.device, number)
+        if key not in self._probes:
+            generator = torch.Generator(value.device).manual_seed(number)
+            self._probes[key] = torch.randn(value.shape, generator=generator, dtype=value.dtype, device=value.device)
+        return self._probes[key]
 
     # -- differentiating it ----------------------------------------------------------------------------------------
 
@@ -145,7 +146,7 @@ class StepLinearizer:
         """Trainable parameters that a cut run still depends on: those met in no recognised form."""
         known = plan.untapped if plan else frozenset()
         free = {n: p for n, p in self.parameters.items() if n not in known and p.requires_grad}
-        probes = [self.random_like(sink) for sink in run.sinks]
+        probes = [self.probe(sink, i) for i, sink in enumerate(run.sinks)]
         found = torch.autograd.grad(run.sinks, list(free.values()), probes, retain_graph=True, allow_unused=True)
         return {name for name, gradient in zip(free, found, strict=True) if gradient is not None}
 
@@ -153,7 +154,7 @@ class StepLinearizer:
         size = run.output.shape[1]
         eye = torch.eye(size, dtype=run.output.dtype, device=run.output.device)
         jacobians = batched_vjp(run.output, run.sources, eye[:, None].expand(-1, *run.output.shape), plan.batched)
-        probe = self.random_like(run.output)
+        probe = self.probe(run.output)
         truth = torch.autograd.grad(run.output, run.sources, probe, retain_graph=True, materialize_grads=True)
         dense = [j.flatten(2).transpose(0, 1) for j in jacobians]  # [N, S, U]
         for jacobian, expected in zip(dense, truth, strict=True):
@@ -183,7 +184,7 @@ class StepLinearizer:
 
     def _check(self, plan: Plan, run: Evaluation, direct: list[list[SparseJacobian]]) -> None:
         """Compare one random cotangent a row with autograd, and find uses of parameters outside the taps."""
-        probes = [self.random_like(sink) for sink in run.sinks]
+        probes = [self.probe(sink, i) for i, sink in enumerate(run.sinks)]
         outside = [p for n, p in self.parameters.items() if n not in plan.untapped and p.requires_grad]
         found = torch.autograd.grad(
             run.sinks, [*run.sources, *outside], probes, retain_graph=bool(plan.untapped), allow_unused=True
@@ -204,11 +205,9 @@ class StepLinearizer:
     def _compose(self, run: Evaluation, direct: list[list[SparseJacobian]]) -> StepDerivatives:
         """Chain the Jacobians between taps into those of the whole step, last tap first."""
         totals: list[Jacobian] = list(direct[0])
-        state_size = run.output.shape[1]
-        eye = torch.eye(state_size, dtype=run.output.dtype, device=run.output.device)
-        sparse: list[tuple[SparseJacobian, Tensor]] = []
-        if direct[0][0].pattern.present.any():
-            sparse.append((direct[0][0], eye))
+        sparse: list[tuple[SparseJacobian, Tensor | None]] = []
+        if not direct[0][0].pattern.is_empty:
+            sparse.append((direct[0][0], None))
         dense: Tensor | None = None
         for i in reversed(range(len(run.taps))):
             tap, total = run.taps[i], totals[i + 1]
@@ -224,7 +223,7 @@ class StepLinearizer:
                 continue
             product: Tensor | None = None
             for j, jacobian in enumerate(direct[sink]):
-                if not jacobian.pattern.present.any():
+                if jacobian.pattern.is_empty:
                     continue
                 if j == 0 and isinstance(total, SparseJacobian) and _constant(jacobian):
                     first = SparseJacobian(jacobian.pattern, [v[:1] for v in jacobian.values])

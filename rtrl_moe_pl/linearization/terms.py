@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rtrl_moe_pl.linearization.chain import tap_cotangents
-from rtrl_moe_pl.linearization.sparse import SparseJacobian
+from rtrl_moe_pl.linearization.chain import Key, jacobian_key
 from rtrl_moe_pl.linearization.step import Jacobian
 from rtrl_moe_pl.linearization.taps import Tap
 from rtrl_moe_pl.linearization.window import Block, IndexTerm, Member, OuterTerm, Term
@@ -21,22 +20,22 @@ class _Meeting:
     """A tap ready for its product over time: cotangents [k, B, rows, S + 1], inputs [k, B, columns]."""
 
     tap: Tap
-    key: tuple[object, ...]  # equal for taps with the same cotangents
+    key: Key  # equal for taps with the same cotangents
     cotangents: Tensor
     inputs: Tensor | None
 
 
 def tap_terms(
     taps: Sequence[tuple[Tap, Jacobian]],
-    states: Tensor,  # [k, B, S, S + 1] cotangents of the states
+    cotangents: dict[Key, Tensor],  # [k, B, U, S + 1]
     trainable: dict[str, Tensor],
 ) -> dict[Block, list[Term]]:
     """Blocks and terms of all taps with a trainable parameter."""
-    meetings = _meet(taps, states, trainable)
+    meetings = _meet(taps, cotangents, trainable)
     uses = Counter(name for m in meetings for name in (m.tap.weight, m.tap.bias) if name in trainable)
     terms: dict[Block, list[Term]] = defaultdict(list)
 
-    joint: dict[tuple[object, ...], list[_Meeting]] = defaultdict(list)
+    joint: dict[Key, list[_Meeting]] = defaultdict(list)
     for meeting in meetings:
         tap = meeting.tap
         names = [n for n in (tap.weight, tap.bias) if n in trainable]
@@ -58,17 +57,16 @@ def tap_terms(
     return dict(terms)
 
 
-def _meet(taps: Sequence[tuple[Tap, Jacobian]], states: Tensor, trainable: dict[str, Tensor]) -> list[_Meeting]:
-    steps, batch = states.shape[:2]
-    computed: dict[tuple[object, ...], Tensor] = {}
+def _meet(
+    taps: Sequence[tuple[Tap, Jacobian]], known: dict[Key, Tensor], trainable: dict[str, Tensor]
+) -> list[_Meeting]:
     meetings = []
     for tap, jacobian in taps:
         if tap.weight not in trainable and tap.bias not in trainable:
             continue
-        key = _identity(jacobian)
-        if key not in computed:
-            computed[key] = tap_cotangents(jacobian, states)
-        cotangents, inputs = computed[key], tap.input
+        key = jacobian_key(jacobian)
+        cotangents, inputs = known[key], tap.input
+        steps, batch = cotangents.shape[:2]
         rows = tap.output.shape[-1]
         copies = tap.output[0].numel() // rows
         if copies > 1:  # the layer acted on several vectors a row: they count as more steps
@@ -80,12 +78,6 @@ def _meet(taps: Sequence[tuple[Tap, Jacobian]], states: Tensor, trainable: dict[
             inputs = inputs.transpose(1, 2).flatten(0, 1)
         meetings.append(_Meeting(tap, key, cotangents, inputs))
     return meetings
-
-
-def _identity(jacobian: Jacobian) -> tuple[object, ...]:
-    """Equal for taps whose outputs are added: autograd hands both the same tensors."""
-    values = jacobian.values if isinstance(jacobian, SparseJacobian) else [jacobian]
-    return tuple((v.data_ptr(), v.shape, v.stride()) for v in values)
 
 
 def _single(meeting: _Meeting, name: str, trainable: dict[str, Tensor]) -> tuple[Block, Tensor | None]:

@@ -52,6 +52,15 @@ class Sensitivity(ABC):
     def advance(self, linearization: WindowLinearization) -> None:
         """Carry P over one window, P <- J P + M."""
 
+    def contract_and_advance(self, cotangent: Tensor, linearization: WindowLinearization) -> dict[str, Tensor]:
+        """``vjp``, then ``advance``: a window's two accesses in the only right order.
+
+        A representation may join them to pass over P once.
+        """
+        gradients = self.vjp(cotangent)
+        self.advance(linearization)
+        return gradients
+
     @abstractmethod
     def to_dense(self) -> dict[str, Tensor]:
         """P by parameter name, each [B, S, *shape]. For tests and diagnostics: it copies."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization import Block, WindowLinearization
-from rtrl_moe_pl.linearization.window import Term
+from rtrl_moe_pl.linearization.window import Term, flush_tiny_
 from rtrl_moe_pl.sensitivities.base import Sensitivity
 
 # Bytes of P worked on at a time: with its scratch copy and the cotangents it must stay in a core's second-level
@@ -53,6 +53,13 @@ class DenseSensitivity(Sensitivity):
         Raises:
             ValueError: if the batch size differs.
         """
+        self._pass(linearization, None)
+
+    def contract_and_advance(self, cotangent: Tensor, linearization: WindowLinearization) -> dict[str, Tensor]:
+        return self._pass(linearization, cotangent)
+
+    def _pass(self, linearization: WindowLinearization, cotangent: Tensor | None) -> dict[str, Tensor]:
+        """One pass over P: each tile is read, contracted if asked for, and then written."""
         batch = linearization.transition.shape[0]
         if batch != self.batch_size:
             raise ValueError(
@@ -62,10 +69,18 @@ class DenseSensitivity(Sensitivity):
         for block in linearization.terms:
             if block not in self._blocks:
                 self._allocate(block)
+        gradients: dict[str, Tensor] = {}
         for block, influence in self._blocks.items():
-            self._advance_block(block, influence, linearization.transition, linearization.terms.get(block, []))
+            terms = linearization.terms.get(block, [])
+            total = self._pass_block(block, influence, linearization.transition, terms, cotangent)
+            if total is not None:
+                gradients |= block.split(total, self.shapes)
+        return gradients
 
-    def _advance_block(self, block: Block, influence: Tensor, transition: Tensor, terms: list[Term]) -> None:
+    def _pass_block(
+        self, block: Block, influence: Tensor, transition: Tensor, terms: list[Term], cotangent: Tensor | None
+    ) -> Tensor | None:
+        total = None if cotangent is None else influence.new_zeros(block.rows, block.columns)
         row_bytes = block.columns * self.state_size * influence.element_size()
         tile_bytes = GPU_TILE_BYTES if influence.is_cuda else CPU_TILE_BYTES
         rows = max(1, min(block.rows, tile_bytes // row_bytes))
@@ -77,9 +92,14 @@ class DenseSensitivity(Sensitivity):
                 tile = influence[lane : lane + lanes, row : row + rows]
                 flat = tile.flatten(1, 2)
                 old = scratch[: flat.shape[0], : flat.shape[1]].copy_(flat)
+                if total is not None and cotangent is not None:
+                    part = torch.bmm(old, cotangent[lane : lane + lanes, :, None]).sum(0)
+                    total[row : row + rows] += part.view(-1, block.columns)
                 torch.bmm(old, jacobians, out=flat)
                 for term in terms:
                     term.add_to(tile, lane, row)
+                flush_tiny_(tile)
+        return total
 
     def _allocate(self, block: Block) -> None:
         """Make room for a block, taking along what its members already had elsewhere."""
