@@ -42,7 +42,6 @@ class LSTM(Cell):
         self.hidden_size = hidden_size
         self.input = nn.Linear(input_size, 4 * hidden_size)
         self.recurrent = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
-        self._sizes = (2 * hidden_size, hidden_size, hidden_size)
         if max_memory is not None:
             forget = chrono_bias(hidden_size, max_memory)
             with torch.no_grad():
@@ -58,7 +57,6 @@ class LSTM(Cell):
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
         h, c = s.chunk(2, -1)
-        gates, new, out = (self.input(x) + self.recurrent(h)).split(self._sizes, -1)
-        write, keep = torch.sigmoid(gates).chunk(2, -1)
-        c = torch.addcmul(keep * c, write, torch.tanh(new))
+        write, keep, new, out = (self.input(x) + self.recurrent(h)).chunk(4, -1)
+        c = torch.sigmoid(keep) * c + torch.sigmoid(write) * torch.tanh(new)
         return torch.cat([torch.sigmoid(out) * torch.tanh(c), c], -1)
