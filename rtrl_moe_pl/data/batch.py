@@ -1,0 +1,26 @@
+"""What a module is given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """T steps of B lanes."""
+
+    inputs: Tensor  # [B, T] int64 token ids, or [B, T, V] one-hot
+    targets: tuple[Tensor, Tensor]  # labels [B, T] int64, weights [B, T] floating
+    starts: Tensor  # [B, T] bool, True at the first step of each sequence
+
+    def one_hot(self, size: int) -> Batch:
+        """The same batch with one-hot inputs [B, T, size], in the dtype of the weights."""
+        tokens = torch.arange(size, device=self.inputs.device)
+        return self._replace(inputs=(self.inputs[..., None] == tokens).to(self.targets[1].dtype))
+
+    def to_dtype(self, dtype: torch.dtype) -> Batch:
+        """The same batch with weights of another dtype."""
+        labels, weights = self.targets
+        return self._replace(targets=(labels, weights.to(dtype)))

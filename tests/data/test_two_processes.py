@@ -1,0 +1,49 @@
+"""Two processes share the stream and the validation sets of one process with the double batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, processes: int, batch_size: int, *checkpoint: str) -> list[dict[str, list[torch.Tensor]]]:
+    folder.mkdir()
+    script = Path(__file__).with_name("two_process_run.py")
+    command = [sys.executable, str(script), str(folder), str(processes), str(batch_size), *checkpoint]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_two_processes_see_what_one_sees(tmp_path: Path):
+    [alone] = run(tmp_path / "alone", 1, 4)
+    ranks = run(tmp_path / "ranks", 2, 2)
+    assert len(alone["train"]) == 8
+    for whole, first, second in zip(alone["train"], ranks[0]["train"], ranks[1]["train"], strict=True):
+        assert torch.equal(whole, torch.cat([first, second]))
+
+    # Validation: 3 sets of 5 sequences, in batches of 4 on one process and of 2 + 2 on two.
+    assert [len(batch) for batch in alone["validation"]] == [4, 1] * 3
+    assert [len(batch) for batch in ranks[0]["validation"]] == [2, 1] * 3
+    assert [len(batch) for batch in ranks[1]["validation"]] == [2, 1] * 3
+    assert [float(weight) for weight in ranks[1]["weights"]] == [2, 0] * 3  # the sixth sequence does not exist
+    for scale in range(3):
+        full, last = alone["validation"][2 * scale : 2 * scale + 2]
+        shares = [rank["validation"][2 * scale : 2 * scale + 2] for rank in ranks]
+        assert torch.equal(full, torch.cat([shares[0][0], shares[1][0]]))
+        assert torch.equal(last, shares[0][1])
+
+    # Resumed in mid-epoch, from a checkpoint that rank 0 wrote alone.
+    resumed = run(tmp_path / "resumed", 2, 2, str(tmp_path / "ranks" / "step=3.ckpt"))
+    for unbroken, continued in zip(ranks, resumed, strict=True):
+        assert len(continued["train"]) == 5
+        for a, b in zip(unbroken["train"][3:], continued["train"], strict=True):
+            assert torch.equal(a, b)
