@@ -195,11 +195,8 @@ def _contract_and_advance(
     sensitivity: Sensitivity, linearization: WindowLinearization, grads: dict[str, Tensor]
 ) -> None:
     """Read P, then write it; gradients are added to ``grads`` in place."""
-    inside = linearization.gradient()
-    before = sensitivity.contract_and_advance(linearization.cotangent, linearization)
-    for part in (inside, before):
-        for name, gradient in part.items():
-            grads[name] += gradient
+    for name, gradient in sensitivity.contract_and_advance(linearization).items():
+        grads[name] += gradient
 
 
 def _finish(memory: Memory, loss: Tensor, outputs: Tensor, grads: dict[str, Tensor], state: Tensor) -> WindowResult:

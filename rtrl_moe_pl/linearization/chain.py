@@ -149,9 +149,9 @@ def transition_matrices(
     total = workspace.empty("transitions", (size, steps * batch, size), like)
     if derivatives.sparse:
         eye = torch.eye(size, dtype=like.dtype, device=like.device)
-        left = torch.cat([jacobian.entries_by_row() for jacobian, _ in derivatives.sparse], 2)  # [S, N, G]
-        right = torch.cat([j.columns_by_row(eye if w is None else w) for j, w in derivatives.sparse], 1)  # [S, G, S]
-        torch.bmm(left, right, out=total)
+        factors = [jacobian.by_row(eye if w is None else w) for jacobian, w in derivatives.sparse]
+        left, right = (torch.cat(parts, axis) for parts, axis in zip(zip(*factors, strict=True), (2, 1), strict=True))
+        torch.bmm(left, right, out=total)  # [S, N, G] by [S, G, S]
     else:
         total.zero_()
     if derivatives.dense is not None:

@@ -13,7 +13,7 @@ from rtrl_moe_pl.linearization.planner import make_plan
 from rtrl_moe_pl.linearization.slow import functional_terms, initial_terms, whole_window
 from rtrl_moe_pl.linearization.step import Plan, PlanMismatch, StepLinearizer
 from rtrl_moe_pl.linearization.terms import tap_terms
-from rtrl_moe_pl.linearization.window import Block, Term, WindowLinearization
+from rtrl_moe_pl.linearization.window import Block, Term, WindowLinearization, separate
 from rtrl_moe_pl.linearization.workspace import Workspace
 
 
@@ -136,14 +136,14 @@ class Linearizer:
             for block, dense in initial_terms(initial, self.trainable, swept.initial).items():
                 terms[block] += dense
                 self._initial_names |= {member.name for member in block.members}
-        return WindowLinearization(swept.start[..., :size], swept.start[..., size], dict(terms), self.shapes)
+        return WindowLinearization(swept.start, separate(terms, self.shapes, swept.start), self.shapes)
 
     @torch.enable_grad()
     def linearize_graph(self, start: Tensor, returned: list[Tensor], loss_cotangents: Tensor) -> WindowLinearization:
         """Derivatives of a window that ran with its graph from the leaf ``start`` [B, S]."""
-        transition, at_start, dense = whole_window(start, returned, loss_cotangents, self.trainable)
+        transition, dense = whole_window(start, returned, loss_cotangents, self.trainable)
         terms: dict[Block, list[Term]] = {block: list(found) for block, found in dense.items()}
-        return WindowLinearization(transition, at_start, terms, self.shapes)
+        return WindowLinearization(transition, terms, self.shapes)
 
     def _fall_back(self, reason: Exception) -> None:
         first_line = (str(reason).splitlines() or [type(reason).__name__])[0]

@@ -50,8 +50,8 @@ def functional_terms(
 
 
 def _dense_term(lanes: list[Tensor]) -> DenseTerm:
-    """From one [S + 1, *shape] a lane to [B, numel, 1, S + 1]."""
-    return DenseTerm(torch.stack([lane.flatten(1).T[:, None] for lane in lanes]))
+    """From one [S + 1, *shape] a lane to [B, 1, numel, S + 1]."""
+    return DenseTerm(torch.stack([lane.flatten(1).T[None] for lane in lanes]))
 
 
 def initial_terms(
@@ -79,8 +79,8 @@ def whole_window(
     returned: Sequence[Tensor],  # k states [B, S], with their graph
     loss_cotangents: Tensor,  # [k, B, S]
     parameters: dict[str, Tensor],
-) -> tuple[Tensor, Tensor, dict[Block, list[DenseTerm]]]:
-    """J, the loss's cotangent at the start and M from the graph of the window as it ran.
+) -> tuple[Tensor, dict[Block, list[DenseTerm]]]:
+    """J with the loss's cotangent [B, S, S + 1], and M, from the graph of the window as it ran.
 
     For cells that are random, or whose rows cannot be evaluated together. Cost: B (S + 1) backward passes (S + 1 at a
     time where vmap allows it).
@@ -92,8 +92,7 @@ def whole_window(
     joined = torch.stack(list(returned))  # [k, B, S]
     names = list(parameters)
     inputs = [start, *parameters.values()]
-    transition = start.new_empty(batch, size, size)
-    loss_at_start = torch.empty_like(start)
+    transition = start.new_empty(batch, size, size + 1)
     lanes: list[list[Tensor]] = []
     for b in range(batch):
         cotangents = joined.new_zeros(size + 1, *joined.shape)
@@ -107,11 +106,10 @@ def whole_window(
                 f"lane {b}'s state depends on other lanes' states: online gradients need lanes that are independent "
                 "(replace batch statistics by LayerNorm, for example)"
             )
-        transition[b] = at_start[:size, b].T
-        loss_at_start[b] = at_start[size, b]
+        transition[b] = at_start[:, b].T
         lanes.append(found)
     terms = {
         Block.alone(name, parameters[name].shape): [_dense_term([lane[i] for lane in lanes])]
         for i, name in enumerate(names)
     }
-    return transition, loss_at_start, terms
+    return transition, terms

@@ -75,18 +75,19 @@ class Pattern:
         return self.runs == [[Run(0, 0, self.rows)]] and self.row_of.shape[1] == self.rows
 
     @cached_property
-    def by_row(self) -> tuple[Tensor, Tensor]:
-        """The same entries by row: flat (colour, column) index [G, V], and whether there is one [G, V]."""
-        columns = self.row_of.shape[1]
-        entries: list[list[int]] = [[] for _ in range(self.rows)]
-        for colour, row_of in enumerate(self.row_of.tolist()):
-            for column, row in enumerate(row_of):
-                if row >= 0:
-                    entries[row].append(colour * columns + column)
-        width = max(map(len, entries), default=0)
-        index = torch.tensor([e + [0] * (width - len(e)) for e in entries], dtype=torch.long).view(self.rows, width)
-        there = torch.tensor([[True] * len(e) + [False] * (width - len(e)) for e in entries]).view(self.rows, width)
-        return index.T.to(self.row_of.device), there.T.to(self.row_of.device)
+    def slots(self) -> tuple[list[tuple[int, int, Run]], int]:
+        """The same entries by row: (slot, colour, run) with no row twice in a slot; and the number of slots."""
+        free: list[list[bool]] = []
+        placed = []
+        for colour, runs in enumerate(self.runs):
+            for run in runs:
+                rows = slice(run.row, run.row + run.length)
+                slot = next((i for i, rows_free in enumerate(free) if all(rows_free[rows])), len(free))
+                if slot == len(free):
+                    free.append([True] * self.rows)
+                free[slot][rows] = [False] * run.length
+                placed.append((slot, colour, run))
+        return placed, len(free)
 
     def to(self, device: torch.device) -> Pattern:
         return Pattern(self.row_of.to(device), self.rows)
@@ -121,17 +122,30 @@ class SparseJacobian:
                 else:
                     out[:, columns].addcmul_(source, scale)
 
-    def entries_by_row(self) -> Tensor:
-        """Values [V, N, G] of the at most G entries of each row (zero where there are fewer)."""
-        index, there = self.pattern.by_row
-        flat = torch.cat(self.values, 1)  # [N, colours U]
-        gathered = flat[:, index.flatten()].view(flat.shape[0], *index.shape)  # [N, G, V]
-        return (gathered * there).permute(2, 0, 1)
+    def times_left(self, left: Tensor) -> Tensor:
+        """``sum_v left[n, v] J[n, v, u]`` for ``left`` [N, V]: [N, U]."""
+        total = left.new_zeros(left.shape[0], self.pattern.row_of.shape[1])
+        for values, runs in zip(self.values, self.pattern.runs, strict=True):
+            for run in runs:
+                columns = slice(run.column, run.column + run.length)
+                total[:, columns] += left[:, run.row : run.row + run.length] * values[:, columns]
+        return total
 
-    def columns_by_row(self, right: Tensor) -> Tensor:
-        """Rows of ``right`` [U, M] that meet each entry of ``entries_by_row``: [V, G, M]."""
-        index, _ = self.pattern.by_row
-        return right[(index % self.pattern.row_of.shape[1]).T]
+    def by_row(self, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of ``J @ right`` for ``right`` [U, M]: values [V, N, G] and rows of ``right`` [V, G, M].
+
+        Each of the V rows has at most G entries: their product over G is J @ right, row by row.
+        """
+        placed, width = self.pattern.slots
+        rows, count = self.pattern.rows, self.values[0].shape[0]
+        values = right.new_zeros(rows, count, width)
+        columns = right.new_zeros(rows, width, right.shape[1])
+        for slot, colour, run in placed:
+            here = slice(run.row, run.row + run.length)
+            there = slice(run.column, run.column + run.length)
+            values[here, :, slot] = self.values[colour][:, there].T
+            columns[here, slot] = right[there]
+        return values, columns
 
     def to_dense(self) -> Tensor:
         """[N, V, U]."""

@@ -192,15 +192,9 @@ class StepLinearizer:
         if any(g is not None for g in found[len(run.sources) :]):
             raise PlanMismatch("a parameter is used outside its taps")
         for i, truth in enumerate(found[: len(run.sources)]):
-            total: Tensor | float = 0.0
-            for probe, jacobians in zip(probes, direct, strict=True):
-                flat, jacobian = probe.flatten(1), jacobians[i]
-                for values, row_of, present in zip(
-                    jacobian.values, jacobian.pattern.gather_rows, jacobian.pattern.present, strict=True
-                ):
-                    total = total + flat[:, row_of] * (values * present)
-            expected = truth.flatten(1) if truth is not None else torch.zeros(())
-            _require_close(torch.as_tensor(total), expected)
+            flat = [probe.flatten(1) for probe in probes]
+            total = torch.stack([j[i].times_left(p) for p, j in zip(flat, direct, strict=True)]).sum(0)
+            _require_close(total, torch.zeros(()) if truth is None else truth.flatten(1))
 
     def _compose(self, run: Evaluation, direct: list[list[SparseJacobian]]) -> StepDerivatives:
         """Chain the Jacobians between taps into those of the whole step, last tap first."""

@@ -43,8 +43,8 @@ def tap_terms(
             assert tap.weight is not None
             assert meeting.inputs is not None
             vocabulary, width = trainable[tap.weight].shape
-            block = Block(vocabulary, width, (Member(tap.weight, 0, width),))
-            terms[block].append(IndexTerm(meeting.cotangents, meeting.inputs, vocabulary))
+            block = Block(width, vocabulary, (Member(tap.weight, 0, vocabulary, transposed=True),))
+            terms[block].append(IndexTerm(meeting.cotangents, meeting.inputs))
         elif all(uses[name] == 1 for name in names):
             joint[meeting.key].append(meeting)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +23,7 @@ def flush_tiny_(value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter's place inside a block: columns ``start .. start + width - 1`` of ``[rows, columns]``."""
+    """A parameter's place inside a block: columns ``start .. start + width - 1`` of ``[columns, rows]``."""
 
     name: str
     start: int
@@ -32,10 +33,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Block:
-    """Parameters whose influence is kept in one array ``[B, rows, columns, S]``.
+    """Parameters whose influence is kept together, as ``[B, columns, rows, S + 1]``.
 
-    Parameters that meet the same cotangent (weights and bias of layers whose outputs are added) share a block, so
-    that one product over time serves them all.
+    ``rows`` index a layer's outputs and ``columns`` its inputs. Parameters that meet the same cotangents (weights and
+    biases of layers whose outputs are added) share a block, so that one product over time serves them all.
     """
 
     rows: int
@@ -48,28 +49,30 @@ class Block:
         return Block(shape.numel(), 1, (Member(name, 0, 1),))
 
     def split(self, value: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-        """Cut ``[.., rows, columns]`` into the members' own shapes (leading dimensions kept)."""
+        """Cut ``[.., columns, rows]`` into the members' own shapes (leading dimensions kept)."""
         parts: dict[str, Tensor] = {}
         for member in self.members:
-            part = value[..., member.start : member.start + member.width]
-            if member.transposed:
+            part = value[..., member.start : member.start + member.width, :]
+            if not member.transposed:
                 part = part.transpose(-1, -2)
             parts[member.name] = part.reshape(value.shape[:-2] + shapes[member.name])
         return parts
 
+    def join(self, parts: dict[str, Tensor], out: Tensor) -> None:
+        """The inverse of ``split`` for the members in ``parts``: write them into ``out`` [.., columns, rows]."""
+        for member in self.members:
+            if member.name in parts:
+                shape = (member.width, self.rows) if member.transposed else (self.rows, member.width)
+                value = parts[member.name].reshape(out.shape[:-2] + shape)
+                place = out[..., member.start : member.start + member.width, :]
+                place.copy_(value if member.transposed else value.transpose(-1, -2))
+
 
 class Term(Protocol):
-    """One contribution to a block's M and to its gradient within the window.
-
-    Cotangents have a last axis of S + 1: one for each entry of the end state, and last the window's loss.
-    """
+    """One contribution to a block's M; the last of its S + 1 entries is the gradient inside the window."""
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
-        """Add M to ``influence`` [lanes, rows, columns, S], a part that begins at ``lane`` and ``row``."""
-        ...
-
-    def gradient(self) -> Tensor:
-        """Gradient of the window's loss at a fixed start state, [rows, columns], summed over lanes."""
+        """Add to ``influence`` [lanes, columns, rows, S + 1], the part of a block that begins at ``lane``, ``row``."""
         ...
 
 
@@ -82,85 +85,93 @@ class OuterTerm:
     column: int = 0  # first column of the block that it covers
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
-        lanes, rows, _, size = influence.shape
-        cotangents = self.cotangents[:, lane : lane + lanes, row : row + rows, :size]
+        lanes, _, rows, _ = influence.shape
+        cotangents = self.cotangents[:, lane : lane + lanes, row : row + rows]
         if self.inputs is None:
-            influence[:, :, self.column] += cotangents.sum(0)
+            influence[:, self.column] += cotangents.sum(0)
             return
-        width = self.inputs.shape[-1]
-        part = influence[:, :, self.column : self.column + width]
         inputs = self.inputs[:, lane : lane + lanes].permute(1, 2, 0)  # [lanes, columns, k]
-        if lanes == 1:  # a product per row, batched: [columns, k] x [k, S]
-            part[0].baddbmm_(inputs.expand(rows, -1, -1), cotangents[:, 0].transpose(0, 1))
-        else:
-            flat = cotangents.transpose(0, 1).reshape(lanes, -1, rows * size)
-            part += torch.bmm(inputs, flat).view(lanes, width, rows, size).transpose(1, 2)
-
-    def gradient(self) -> Tensor:
-        loss = self.cotangents[..., -1].flatten(0, 1)  # [k B, rows]
-        if self.inputs is None:
-            return loss.sum(0)[:, None]
-        return loss.T @ self.inputs.flatten(0, 1)
+        part = influence[:, self.column : self.column + inputs.shape[1]].flatten(2)
+        part.baddbmm_(inputs, cotangents.flatten(2).transpose(0, 1))
 
 
 @dataclass
 class IndexTerm:
-    """sum_t cotangent_t placed at row ``ids_t``, for an embedding ``[vocabulary, width]``."""
+    """sum_t cotangent_t at column ``ids_t``, for a look-up in a table ``[columns, rows]``."""
 
-    cotangents: Tensor  # [k, B, width, S + 1]
+    cotangents: Tensor  # [k, B, rows, S + 1]
     ids: Tensor  # [k, B]
-    vocabulary: int
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
-        lanes, rows, _, size = influence.shape
+        lanes, _, rows, _ = influence.shape
         for i in range(lanes):
-            ids = self.ids[:, lane + i] - row
-            here = (ids >= 0) & (ids < rows)
-            influence[i].index_add_(0, ids[here], self.cotangents[here, lane + i, :, :size])
-
-    def gradient(self) -> Tensor:
-        loss = self.cotangents[..., -1].flatten(0, 1)  # [k B, width]
-        return loss.new_zeros(self.vocabulary, loss.shape[1]).index_add_(0, self.ids.flatten(), loss)
+            influence[i].index_add_(0, self.ids[:, lane + i], self.cotangents[:, lane + i, row : row + rows])
 
 
 @dataclass
 class DenseTerm:
     """M itself, for what has no factors."""
 
-    jacobian: Tensor  # [B, rows, columns, S + 1]
+    jacobian: Tensor  # [B, columns, rows, S + 1]
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
-        lanes, rows, _, size = influence.shape
-        influence += self.jacobian[lane : lane + lanes, row : row + rows, :, :size]
-
-    def gradient(self) -> Tensor:
-        return self.jacobian[..., -1].sum(0)
+        lanes, _, rows, _ = influence.shape
+        influence += self.jacobian[lane : lane + lanes, :, row : row + rows]
 
 
 @dataclass
 class WindowLinearization:
     """The derivatives of one window at the weights it was run with.
 
+    The window's loss is treated as one more component of the state that it ends in, the last of S + 1: then the
+    gradient is a row of the influence matrix, and ``P <- J P + M`` computes it on the way.
+
     Args:
-        transition: J transposed, [B, S, S]: ``transition[b, j, i] = d s_end[b, i] / d s_start[b, j]``.
-        cotangent: dL/ds_start at fixed parameters, [B, S].
-        terms: the contributions to each block, M and the window's own gradient.
+        transition: J transposed, [B, S, S + 1]: ``transition[b, j, i] = d s_end[b, i] / d s_start[b, j]`` and, at
+            i = S, the loss's cotangent of ``s_start[b, j]``.
+        terms: the contributions to each block's M.
         shapes: shape of every parameter by name.
     """
 
     transition: Tensor
-    cotangent: Tensor
     terms: dict[Block, list[Term]]
     shapes: dict[str, torch.Size]
 
+    @property
+    def cotangent(self) -> Tensor:
+        """dL/ds_start at fixed parameters, [B, S]."""
+        return self.transition[..., -1]
+
     def gradient(self) -> dict[str, Tensor]:
         """Gradient of the window's loss at a fixed start state, by parameter name, summed over lanes."""
-        gradients: dict[str, Tensor] = {}
+        return {name: m[:, -1].sum(0) for name, m in self.immediate().items()}
+
+    def immediate(self) -> dict[str, Tensor]:
+        """M in full by parameter name, [B, S + 1, *shape]. Large: for representations that want no factors."""
+        result: dict[str, Tensor] = {}
+        batch, _, width = self.transition.shape
         for block, terms in self.terms.items():
-            total = self.transition.new_zeros(block.rows, block.columns)
+            total = self.transition.new_zeros(batch, block.columns, block.rows, width)
             for term in terms:
-                part = term.gradient()
-                column = getattr(term, "column", 0)
-                total[:, column : column + part.shape[1]] += part
-            gradients |= block.split(total, self.shapes)
-        return gradients
+                term.add_to(total, 0, 0)
+            result |= block.split(total.permute(0, 3, 1, 2), self.shapes)
+        return result
+
+
+def separate(terms: dict[Block, list[Term]], shapes: dict[str, torch.Size], like: Tensor) -> dict[Block, list[Term]]:
+    """Terms in which no parameter is in two blocks: blocks that share one are replaced by M in full.
+
+    Args:
+        like: the window's transition, [B, S, S + 1].
+    """
+    count = Counter(member.name for block in terms for member in block.members)
+    if all(n == 1 for n in count.values()):
+        return terms
+    shared = [b for b in terms if any(count[m.name] > 1 for m in b.members)]
+    result = {block: found for block, found in terms.items() if block not in shared}
+    for block in shared:
+        part = WindowLinearization(like, {block: terms[block]}, shapes)
+        for name, m in part.immediate().items():  # [B, S + 1, *shape]
+            dense = DenseTerm(m.flatten(2).transpose(1, 2)[:, None])
+            result.setdefault(Block.alone(name, shapes[name]), []).append(dense)
+    return result

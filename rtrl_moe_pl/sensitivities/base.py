@@ -52,12 +52,14 @@ class Sensitivity(ABC):
     def advance(self, linearization: WindowLinearization) -> None:
         """Carry P over one window, P <- J P + M."""
 
-    def contract_and_advance(self, cotangent: Tensor, linearization: WindowLinearization) -> dict[str, Tensor]:
-        """``vjp``, then ``advance``: a window's two accesses in the only right order.
+    def contract_and_advance(self, linearization: WindowLinearization) -> dict[str, Tensor]:
+        """The window's whole gradient, ``(dL/ds_start) P`` and its own part; then ``advance``.
 
-        A representation may join them to pass over P once.
+        The two accesses to P in the only right order. A representation may join them to pass over P once.
         """
-        gradients = self.vjp(cotangent)
+        gradients = linearization.gradient()
+        for name, part in self.vjp(linearization.cotangent).items():
+            gradients[name] = gradients[name] + part if name in gradients else part
         self.advance(linearization)
         return gradients
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ GPU_TILE_BYTES = 128 * 1024 * 1024
 class DenseSensitivity(Sensitivity):
     """P [B, S, |theta|], every entry kept and updated in place.
 
-    Kept as one array ``[B, rows, columns, S]`` for each block of parameters, the state last, so that ``J P`` is one
-    product of contiguous rows with J transposed, and M one product over time for each row. A block is allocated when
-    a parameter of it is first reached; until then its influence is zero and costs nothing.
+    Kept in tiles ``[B, columns, rows, S + 1]`` of blocks of parameters, the state last, so that ``J P`` is a product
+    of contiguous rows with J transposed and M one product over time. The last of the S + 1 entries is the window's
+    loss, whose row of P is the gradient (``WindowLinearization``): contraction costs no pass of its own. A block is
+    allocated when one of its parameters is first reached; until then its influence is zero and costs nothing.
 
-    Cost: S^2 |theta| a window for J P, k S |theta| for M; memory B S |theta|, plus one tile.
+    Cost: S^2 |theta| a window for J P, k S |theta| for M; memory B (S + 1) |theta|, plus one tile.
     Exact: equals BPTT while parameters are fixed.
     References: Williams & Zipser 1989, Neural Computation 1(2):270-280; Schmidhuber 1992, Neural Computation
     4(2):243-248 (windows).
@@ -34,14 +36,14 @@ class DenseSensitivity(Sensitivity):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._blocks: dict[Block, Tensor] = {}  # [B, rows, columns, S]
+        self._blocks: dict[Block, list[Tensor]] = {}  # tiles [B, columns, some rows, S + 1]
+        self._scratch = torch.empty(0, dtype=self.dtype, device=self.device)
 
     def vjp(self, cotangent: Tensor) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
-        for block, influence in self._blocks.items():
-            rows = influence.flatten(1, 2)  # [B, rows columns, S]
-            total = torch.bmm(rows, cotangent[:, :, None]).sum(0)
-            gradients |= block.split(total.view(block.rows, block.columns), self.shapes)
+        for block, tiles in self._blocks.items():
+            parts = [torch.einsum("bcrs,bs->cr", tile[..., :-1], cotangent) for tile in tiles]
+            gradients |= block.split(torch.cat(parts, 1), self.shapes)
         return gradients
 
     def advance(self, linearization: WindowLinearization) -> None:
@@ -53,13 +55,9 @@ class DenseSensitivity(Sensitivity):
         Raises:
             ValueError: if the batch size differs.
         """
-        self._pass(linearization, None)
+        self.contract_and_advance(linearization)
 
-    def contract_and_advance(self, cotangent: Tensor, linearization: WindowLinearization) -> dict[str, Tensor]:
-        return self._pass(linearization, cotangent)
-
-    def _pass(self, linearization: WindowLinearization, cotangent: Tensor | None) -> dict[str, Tensor]:
-        """One pass over P: each tile is read, contracted if asked for, and then written."""
+    def contract_and_advance(self, linearization: WindowLinearization) -> dict[str, Tensor]:
         batch = linearization.transition.shape[0]
         if batch != self.batch_size:
             raise ValueError(
@@ -70,67 +68,81 @@ class DenseSensitivity(Sensitivity):
             if block not in self._blocks:
                 self._allocate(block)
         gradients: dict[str, Tensor] = {}
-        for block, influence in self._blocks.items():
+        for block, tiles in self._blocks.items():
             terms = linearization.terms.get(block, [])
-            total = self._pass_block(block, influence, linearization.transition, terms, cotangent)
-            if total is not None:
-                gradients |= block.split(total, self.shapes)
+            parts, row = [], 0
+            for tile in tiles:
+                parts.append(self._advance_tile(tile, row, linearization.transition, terms))
+                row += tile.shape[2]
+            gradients |= block.split(torch.cat(parts, 1), self.shapes)
         return gradients
 
-    def _pass_block(
-        self, block: Block, influence: Tensor, transition: Tensor, terms: list[Term], cotangent: Tensor | None
-    ) -> Tensor | None:
-        total = None if cotangent is None else influence.new_zeros(block.rows, block.columns)
-        row_bytes = block.columns * self.state_size * influence.element_size()
-        tile_bytes = GPU_TILE_BYTES if influence.is_cuda else CPU_TILE_BYTES
-        rows = max(1, min(block.rows, tile_bytes // row_bytes))
-        lanes = max(1, tile_bytes // (row_bytes * rows)) if rows == block.rows else 1
-        scratch = influence.new_empty(min(lanes, self.batch_size), rows * block.columns, self.state_size)
+    def _advance_tile(self, tile: Tensor, row: int, transition: Tensor, terms: list[Term]) -> Tensor:
+        """Advance all lanes of a tile, as many at a time as stay in cache; its gradient [columns, rows]."""
+        lane_bytes = tile[0].nbytes
+        lanes = min(self.batch_size, max(1, self._tile_bytes // lane_bytes))
+        gradient = tile.new_zeros(tile.shape[1:3])
         for lane in range(0, self.batch_size, lanes):
-            jacobians = transition[lane : lane + lanes]  # [lanes, S, S], transposed
-            for row in range(0, block.rows, rows):
-                tile = influence[lane : lane + lanes, row : row + rows]
-                flat = tile.flatten(1, 2)
-                old = scratch[: flat.shape[0], : flat.shape[1]].copy_(flat)
-                if total is not None and cotangent is not None:
-                    part = torch.bmm(old, cotangent[lane : lane + lanes, :, None]).sum(0)
-                    total[row : row + rows] += part.view(-1, block.columns)
-                torch.bmm(old, jacobians, out=flat)
-                for term in terms:
-                    term.add_to(tile, lane, row)
-                flush_tiny_(tile)
-        return total
+            part = tile[lane : lane + lanes]
+            flat = part.flatten(1, 2)  # [lanes, columns rows, S + 1]
+            count = flat[..., :-1].numel()
+            if self._scratch.numel() < count:
+                self._scratch = tile.new_empty(count)
+            old = self._scratch[:count].view(*flat.shape[:2], -1).copy_(flat[..., :-1])
+            torch.bmm(old, transition[lane : lane + lanes], out=flat)
+            for term in terms:
+                term.add_to(part, lane, row)
+            flush_tiny_(flat)
+            gradient += part[..., -1].sum(0)
+        return gradient
+
+    @property
+    def _tile_bytes(self) -> int:
+        return GPU_TILE_BYTES if self.device.type == "cuda" else CPU_TILE_BYTES
 
     def _allocate(self, block: Block) -> None:
         """Make room for a block, taking along what its members already had elsewhere."""
-        shape = (self.batch_size, block.rows, block.columns, self.state_size)
-        fresh = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        width = self.state_size + 1
+        row_bytes = block.columns * width * self.dtype.itemsize
+        rows = max(1, self._tile_bytes // row_bytes)
+        rows = ceil(block.rows / ceil(block.rows / rows))  # tiles of equal size
+        tiles = [
+            torch.zeros(
+                self.batch_size,
+                block.columns,
+                min(rows, block.rows - row),
+                width,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            for row in range(0, block.rows, rows)
+        ]
         names = {member.name for member in block.members}
-        for old in [b for b in self._blocks if names & {m.name for m in b.members}]:
-            held = self._unpack(old)
+        replaced = [b for b in self._blocks if names & {m.name for m in b.members}]
+        held = {name: p for old in replaced for name, p in self._unpack(old).items()}
+        for old in replaced:
             del self._blocks[old]
-            self._pack(block, fresh, held)
-            for member in old.members:
-                if member.name not in names:
-                    alone = Block.alone(member.name, self.shapes[member.name])
-                    self._allocate(alone)
-                    self._pack(alone, self._blocks[alone], held)
-        self._blocks[block] = fresh
+        self._blocks[block] = tiles
+        self._pack(block, held)
+        for name in held.keys() - names:
+            alone = Block.alone(name, self.shapes[name])
+            self._allocate(alone)
+            self._pack(alone, held)
 
     def _unpack(self, block: Block) -> dict[str, Tensor]:
         """The members' P, [B, S, *shape] each."""
-        by_state = self._blocks[block].permute(0, 3, 1, 2)  # [B, S, rows, columns]
-        return block.split(by_state, self.shapes)
+        whole = torch.cat(self._blocks[block], 2)[..., :-1]
+        return block.split(whole.permute(0, 3, 1, 2), self.shapes)
 
-    def _pack(self, block: Block, influence: Tensor, held: dict[str, Tensor]) -> None:
-        for member in block.members:
-            if member.name in held:
-                value = held[member.name].flatten(2)  # [B, S, numel]
-                part = influence[:, :, member.start : member.start + member.width]
-                shape = (member.width, block.rows) if member.transposed else (block.rows, member.width)
-                value = value.unflatten(2, shape)
-                value = value.transpose(2, 3) if member.transposed else value
-                part.copy_(value.permute(0, 2, 3, 1))
+    def _pack(self, block: Block, held: dict[str, Tensor]) -> None:
+        """Write the members' P, [B, S, *shape] each, where they are in ``held``."""
+        if not any(member.name in held for member in block.members):
+            return
+        tiles = self._blocks[block]
+        whole = torch.cat(tiles, 2)
+        block.join(held, whole[..., :-1].permute(0, 3, 1, 2))
+        for tile, part in zip(tiles, whole.split([t.shape[2] for t in tiles], 2), strict=True):
+            tile.copy_(part)
 
     def to_dense(self) -> dict[str, Tensor]:
         dense = {
@@ -142,24 +154,23 @@ class DenseSensitivity(Sensitivity):
         return dense
 
     def norm(self) -> Tensor:
-        if not self._blocks:
-            return torch.zeros((), dtype=self.dtype, device=self.device)
-        return torch.stack([torch.linalg.vector_norm(p) for p in self._blocks.values()]).norm()
+        norms = [torch.linalg.vector_norm(tile[..., :-1]) for tiles in self._blocks.values() for tile in tiles]
+        return torch.stack(norms).norm() if norms else torch.zeros((), dtype=self.dtype, device=self.device)
 
     def zero_(self) -> None:
-        for influence in self._blocks.values():
-            influence.zero_()
+        for tiles in self._blocks.values():
+            for tile in tiles:
+                tile.zero_()
 
     @property
     def nbytes(self) -> int:
-        return sum(p.nbytes for p in self._blocks.values())
+        return sum(tile.nbytes for tiles in self._blocks.values() for tile in tiles)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: p.contiguous() for block in self._blocks for name, p in self._unpack(block).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._blocks.clear()
         for name, value in state.items():
             expected = (self.batch_size, self.state_size, *self.shapes[name])
             if tuple(value.shape) != expected:
@@ -167,6 +178,8 @@ class DenseSensitivity(Sensitivity):
                     f"the saved influence of {name} has shape {tuple(value.shape)}, this run needs {expected}: "
                     "resume with the batch size and the model it was saved with"
                 )
+        self._blocks.clear()
+        for name, value in state.items():
             block = Block.alone(name, self.shapes[name])
             self._allocate(block)
-            self._pack(block, self._blocks[block], {name: value.to(self.device, self.dtype)})
+            self._pack(block, {name: value.to(self.device, self.dtype)})
