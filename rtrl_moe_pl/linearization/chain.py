@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rtrl_moe_pl.linearization.cotangents import Cotangents, ScaledCotangents, StoredCotangents
 from rtrl_moe_pl.linearization.sparse import SparseJacobian
 from rtrl_moe_pl.linearization.step import Jacobian, StepDerivatives
 from rtrl_moe_pl.linearization.window import flush_tiny_
@@ -24,13 +25,13 @@ class Sweep:
         states: cotangent of the state returned at each step, [k, B, S, S + 1]; None where no one needs them.
         start: cotangent of the state the window began with, [B, S, S + 1].
         initial: cotangent of the initial state used at the starts, summed over them, [B, S, S + 1]; None if none.
-        taps: cotangents of taps' outputs, [k, B, U, S + 1], by ``jacobian_key``.
+        taps: cotangents of taps' outputs by ``jacobian_key``.
     """
 
     states: Tensor | None
     start: Tensor
     initial: Tensor | None
-    taps: dict[Key, Tensor]
+    taps: dict[Key, Cotangents]
 
 
 def sweep(
@@ -78,7 +79,7 @@ def sweep(
         if t and lossy[t - 1]:
             state[:, :, size] += loss_cotangents[t - 1]
     states = ring[1:] if keep_states else None
-    taps = dict(back.taps)
+    taps: dict[Key, Cotangents] = {key: StoredCotangents(value) for key, value in back.taps.items()}
     for key, jacobian in keys.items():
         if key not in taps:
             assert states is not None
@@ -159,17 +160,14 @@ def transition_matrices(
     return total.view(size, steps, batch, size)
 
 
-def tap_cotangents(jacobian: Jacobian, states: Tensor, name: str, workspace: Workspace) -> Tensor:
-    """Cotangents of a tap's output at every step: [k, B, U, S + 1]."""
-    steps, batch, size, width = states.shape
-    rows = states.view(steps * batch, size, width)
-    columns = jacobian.shape[2] if isinstance(jacobian, Tensor) else jacobian.pattern.row_of.shape[1]
-    out = workspace.empty(name, (rows.shape[0], columns, width), states)
-    if isinstance(jacobian, Tensor):
-        torch.bmm(jacobian.transpose(1, 2), rows, out=out)
-    else:
-        jacobian.transposed_times(rows, out)
-    return out.view(steps, batch, columns, width)
+def tap_cotangents(jacobian: Jacobian, states: Tensor, name: str, workspace: Workspace) -> Cotangents:
+    """Cotangents of a tap's output at every step, given those of the states [k, B, S, S + 1]."""
+    if isinstance(jacobian, SparseJacobian):
+        return ScaledCotangents(states, jacobian, workspace)
+    steps, batch, _, width = states.shape
+    out = workspace.empty(name, (steps * batch, jacobian.shape[2], width), states)
+    torch.bmm(jacobian.transpose(1, 2), states.flatten(0, 1), out=out)
+    return StoredCotangents(out.unflatten(0, (steps, batch)))
 
 
 def jacobian_key(jacobian: Jacobian) -> Key:

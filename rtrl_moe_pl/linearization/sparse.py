@@ -25,6 +25,11 @@ class Run:
     row: int
     length: int
 
+    def clip(self, first: int, last: int) -> Run | None:
+        """The part with columns in ``first .. last - 1``."""
+        begin, end = max(self.column, first), min(self.column + self.length, last)
+        return Run(begin, self.row + begin - self.column, end - begin) if begin < end else None
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -37,6 +42,11 @@ class Pattern:
 
     row_of: Tensor
     rows: int
+
+    @property
+    def columns(self) -> int:
+        """U."""
+        return self.row_of.shape[1]
 
     @cached_property
     def present(self) -> Tensor:
@@ -72,7 +82,7 @@ class Pattern:
     @cached_property
     def is_diagonal(self) -> bool:
         """Whether it is square with entries on its whole diagonal alone."""
-        return self.runs == [[Run(0, 0, self.rows)]] and self.row_of.shape[1] == self.rows
+        return self.runs == [[Run(0, 0, self.rows)]] and self.columns == self.rows
 
     @cached_property
     def slots(self) -> tuple[list[tuple[int, int, Run]], int]:
@@ -100,31 +110,38 @@ class SparseJacobian:
     pattern: Pattern
     values: list[Tensor]  # colours of [N, U]
 
-    def transposed_times(self, cotangents: Tensor, out: Tensor) -> None:
-        """``out[n, u, :] = sum_v J[n, v, u] cotangents[n, v, :]``.
+    def unflatten(self, steps: int, batch: int) -> SparseJacobian:
+        """The same with values [k, B, U] for N = k B."""
+        return SparseJacobian(self.pattern, [v.unflatten(0, (steps, batch)) for v in self.values])
+
+    def transposed_times(self, cotangents: Tensor, out: Tensor, lanes: slice, first: int) -> None:
+        """``out[k, b, u, :] = sum_v J[k, b, v, u] cotangents[k, b, v, :]`` for some lanes and columns.
 
         Args:
-            cotangents: [N, V, C].
-            out: [N, U, C], overwritten.
+            cotangents: [k, lanes, V, C].
+            out: [k, lanes, columns, C], overwritten; its first column is ``first``.
+            lanes: those of ``values`` [k, B, U] that ``cotangents`` has.
         """
-        covered = 0
+        last = first + out.shape[2]
+        written = 0
         for colour, (values, runs) in enumerate(zip(self.values, self.pattern.runs, strict=True)):
+            clipped = [clip for run in runs if (clip := run.clip(first, last))]
             if colour == 0:
-                covered = sum(run.length for run in runs)
-                if covered < out.shape[1]:
+                written = sum(run.length for run in clipped)
+                if written < out.shape[2]:
                     out.zero_()
-            for run in runs:
-                columns = slice(run.column, run.column + run.length)
-                source = cotangents[:, run.row : run.row + run.length]
-                scale = values[:, columns, None]
+            for run in clipped:
+                target = out[:, :, run.column - first : run.column - first + run.length]
+                source = cotangents[:, :, run.row : run.row + run.length]
+                scale = values[:, lanes, run.column : run.column + run.length, None]
                 if colour == 0:
-                    torch.mul(source, scale, out=out[:, columns])
+                    torch.mul(source, scale, out=target)
                 else:
-                    out[:, columns].addcmul_(source, scale)
+                    target.addcmul_(source, scale)
 
     def times_left(self, left: Tensor) -> Tensor:
         """``sum_v left[n, v] J[n, v, u]`` for ``left`` [N, V]: [N, U]."""
-        total = left.new_zeros(left.shape[0], self.pattern.row_of.shape[1])
+        total = left.new_zeros(left.shape[0], self.pattern.columns)
         for values, runs in zip(self.values, self.pattern.runs, strict=True):
             for run in runs:
                 columns = slice(run.column, run.column + run.length)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization.chain import Key, jacobian_key
+from rtrl_moe_pl.linearization.cotangents import Cotangents, StoredCotangents
 from rtrl_moe_pl.linearization.step import Jacobian
 from rtrl_moe_pl.linearization.taps import Tap
 from rtrl_moe_pl.linearization.window import Block, IndexTerm, Member, OuterTerm, Term
@@ -21,13 +22,13 @@ class _Meeting:
 
     tap: Tap
     key: Key  # equal for taps with the same cotangents
-    cotangents: Tensor
+    cotangents: Cotangents
     inputs: Tensor | None
 
 
 def tap_terms(
     taps: Sequence[tuple[Tap, Jacobian]],
-    cotangents: dict[Key, Tensor],  # [k, B, U, S + 1]
+    cotangents: dict[Key, Cotangents],  # [k, B, U, S + 1]
     trainable: dict[str, Tensor],
 ) -> dict[Block, list[Term]]:
     """Blocks and terms of all taps with a trainable parameter."""
@@ -58,7 +59,7 @@ def tap_terms(
 
 
 def _meet(
-    taps: Sequence[tuple[Tap, Jacobian]], known: dict[Key, Tensor], trainable: dict[str, Tensor]
+    taps: Sequence[tuple[Tap, Jacobian]], known: dict[Key, Cotangents], trainable: dict[str, Tensor]
 ) -> list[_Meeting]:
     meetings = []
     for tap, jacobian in taps:
@@ -70,8 +71,8 @@ def _meet(
         rows = tap.output.shape[-1]
         copies = tap.output[0].numel() // rows
         if copies > 1:  # the layer acted on several vectors a row: they count as more steps
-            folded = cotangents.view(steps, batch, copies, rows, -1)
-            cotangents = folded.transpose(1, 2).reshape(steps * copies, batch, rows, -1)
+            whole = cotangents.part(0, batch, 0, copies * rows).view(steps, batch, copies, rows, -1)
+            cotangents = StoredCotangents(whole.transpose(1, 2).reshape(steps * copies, batch, rows, -1))
             key = (*key, copies)
         if inputs is not None:
             inputs = inputs.detach().reshape(steps, batch, copies, *(() if tap.is_lookup else (-1,)))
@@ -108,7 +109,8 @@ def _grouped(group: list[_Meeting], trainable: dict[str, Tensor]) -> tuple[Block
         if meeting.tap.bias in trainable:
             assert meeting.tap.bias is not None
             members.append(Member(meeting.tap.bias, columns, 1))
-            inputs.append(cotangents.new_ones(1, 1, 1).expand(*cotangents.shape[:2], 1))
+            like = trainable[meeting.tap.bias]
+            inputs.append(torch.ones(1, 1, 1, dtype=like.dtype, device=like.device).expand(*cotangents.shape[:2], 1))
             columns += 1
     block = Block(cotangents.shape[2], columns, tuple(members))
     if all(meeting.tap.weight not in trainable for meeting in group):

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rtrl_moe_pl.linearization.cotangents import Cotangents
+
 
 def flush_tiny_(value: Tensor) -> None:
     """Set to zero what is too small to matter (1e-30 in float32, 1e-290 in float64), in place.
@@ -80,13 +82,13 @@ class Term(Protocol):
 class OuterTerm:
     """sum_t cotangent_t (x) input_t, for a layer ``a = W z``; with ``inputs`` None, for what is added: z = 1."""
 
-    cotangents: Tensor  # [k, B, rows, S + 1]
+    cotangents: Cotangents  # [k, B, rows, S + 1]
     inputs: Tensor | None  # [k, B, columns]
     column: int = 0  # first column of the block that it covers
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
         lanes, _, rows, _ = influence.shape
-        cotangents = self.cotangents[:, lane : lane + lanes, row : row + rows]
+        cotangents = self.cotangents.part(lane, lanes, row, rows)
         if self.inputs is None:
             influence[:, self.column] += cotangents.sum(0)
             return
@@ -99,13 +101,14 @@ class OuterTerm:
 class IndexTerm:
     """sum_t cotangent_t at column ``ids_t``, for a look-up in a table ``[columns, rows]``."""
 
-    cotangents: Tensor  # [k, B, rows, S + 1]
+    cotangents: Cotangents  # [k, B, rows, S + 1]
     ids: Tensor  # [k, B]
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
         lanes, _, rows, _ = influence.shape
+        cotangents = self.cotangents.part(lane, lanes, row, rows)
         for i in range(lanes):
-            influence[i].index_add_(0, self.ids[:, lane + i], self.cotangents[:, lane + i, row : row + rows])
+            influence[i].index_add_(0, self.ids[:, lane + i], cotangents[:, i])
 
 
 @dataclass
