@@ -138,8 +138,8 @@ class SequenceDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The training loader's position.
 
-        Lightning keeps the loader's own state as well, but forgets it on resuming if configure_optimizers has asked
-        for trainer.estimated_stepping_batches.
+        Lightning keeps the loader's own state as well, but forgets it on resuming from a checkpoint written at the end
+        of a training epoch, or if configure_optimizers has asked for trainer.estimated_stepping_batches.
         """
         return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
 

@@ -1,7 +1,7 @@
 """Packed lanes against a slow reference that lays the sequences end to end one by one."""
 
 import itertools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rtrl_moe_pl.data import Batch, Cursor, Stream, window
 from rtrl_moe_pl.data import stream as stream_module
-from rtrl_moe_pl.tasks import AnBn, DelayedRecall, Task
+from rtrl_moe_pl.tasks import AnBn, DelayedRecall, Steps, Task
 
 
 class Lane(NamedTuple):
@@ -119,6 +119,31 @@ def test_a_million_step_sequence_passes_through_small_windows():
     assert batch.targets[1].nonzero()[:, 1].tolist() == [1, 1, 1]
     assert torch.equal(batch.targets[0][:, 1], first.inputs[:, 0])  # the query asks for the value a million ago
     assert batch.starts.nonzero()[:, 1].tolist() == [2, 2, 2]
+
+
+class Watched(DelayedRecall):
+    """Notes how many numbers it is asked for at once."""
+
+    asked: ClassVar[list[int]] = []
+
+    def lengths(self, seed: int, index: Tensor) -> Tensor:
+        self.asked.append(index.numel())
+        return super().lengths(seed, index)
+
+    def at(self, seed: int, index: Tensor, position: Tensor) -> Steps:
+        self.asked.append(position.numel())
+        return super().at(seed, index, position)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 30, 10**6])
+def test_memory_is_one_window_whatever_the_lengths(gap: int):
+    stream = Stream(Watched(min_gap=gap, max_gap=gap + 5), 0, batch_size=4, steps=16)
+    cursor = stream.first()
+    Watched.asked.clear()
+    for _ in range(20):
+        stream.batch(cursor)
+        cursor = stream.advance(cursor)
+    assert max(Watched.asked) == 4 * 16
 
 
 def test_every_weighted_column_survives_the_cut():
