@@ -1,5 +1,6 @@
 """Gradient algorithms for recurrent networks, usable without Lightning."""
 
+from rtrl_moe_pl.gradients.audit import AuditReport, ParameterAudit, audit_gradient, parameter_paths
 from rtrl_moe_pl.gradients.base import GradientAlgorithm, WindowResult
 from rtrl_moe_pl.gradients.memory import Forecast, Memory, MemoryForecastError
 from rtrl_moe_pl.gradients.reverse import BPTT, TBPTT
@@ -10,11 +11,15 @@ __all__ = [
     "BPTT",
     "RTRL",
     "TBPTT",
+    "AuditReport",
     "Forecast",
     "GradientAlgorithm",
     "Memory",
     "MemoryForecastError",
+    "ParameterAudit",
     "SequenceResult",
     "WindowResult",
+    "audit_gradient",
+    "parameter_paths",
     "sequence_gradient",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from rtrl_moe_pl.linearization.cotangents import Cotangents, ScaledCotangents, StoredCotangents
 from rtrl_moe_pl.linearization.sparse import SparseJacobian
 from rtrl_moe_pl.linearization.step import Jacobian, StepDerivatives
-from rtrl_moe_pl.linearization.window import flush_tiny_
+from rtrl_moe_pl.linearization.window import copy_flushed
 from rtrl_moe_pl.linearization.workspace import Workspace
 
 Key = tuple[object, ...]
@@ -75,7 +75,7 @@ def sweep(
             initial = taken if initial is None else initial + taken
             state.masked_fill_(at_start, 0.0)
         if t % FLUSH_EVERY == 0:
-            flush_tiny_(state)
+            copy_flushed(state, state)
         if t and lossy[t - 1]:
             state[:, :, size] += loss_cotangents[t - 1]
     states = ring[1:] if keep_states else None

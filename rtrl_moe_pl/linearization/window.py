@@ -12,15 +12,17 @@ from torch import Tensor
 from rtrl_moe_pl.linearization.cotangents import Cotangents
 
 
-def flush_tiny_(value: Tensor) -> None:
-    """Set to zero what is too small to matter (1e-30 in float32, 1e-290 in float64), in place.
+def copy_flushed(value: Tensor, out: Tensor) -> None:
+    """Copy, with zero for what is too small to matter (1e-30 in float32, 1e-290 in float64).
 
     A contracting cell drives products of Jacobians into subnormal numbers, with which a processor's products are 100
     times slower; torch's own switch does not reach its worker threads. GPUs do not mind.
     """
-    if not value.is_cuda:
-        threshold = 1e-290 if value.dtype == torch.float64 else 1e-30
-        torch.hardshrink(value, threshold, out=value)
+    if value.is_cuda:
+        if out is not value:
+            out.copy_(value)
+        return
+    torch.hardshrink(value, 1e-290 if value.dtype == torch.float64 else 1e-30, out=out)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization import Block, WindowLinearization
-from rtrl_moe_pl.linearization.window import Term, flush_tiny_
+from rtrl_moe_pl.linearization.window import Term, copy_flushed
 from rtrl_moe_pl.sensitivities.base import Sensitivity
 
 # Bytes of P worked on at a time: with its scratch copy and the cotangents it must stay in a core's second-level
@@ -88,11 +88,11 @@ class DenseSensitivity(Sensitivity):
             count = flat[..., :-1].numel()
             if self._scratch.numel() < count:
                 self._scratch = tile.new_empty(count)
-            old = self._scratch[:count].view(*flat.shape[:2], -1).copy_(flat[..., :-1])
+            old = self._scratch[:count].view(*flat.shape[:2], -1)
+            copy_flushed(flat[..., :-1], old)
             torch.bmm(old, transition[lane : lane + lanes], out=flat)
             for term in terms:
                 term.add_to(part, lane, row)
-            flush_tiny_(flat)
             gradient += part[..., -1].sum(0)
         return gradient
 
