@@ -1,0 +1,149 @@
+"""The command line: fit, validate, test, predict and audit, configured in YAML."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+import rtrl_moe_pl.cells  # short class names in YAML are those of imported classes
+import rtrl_moe_pl.data
+import rtrl_moe_pl.gradients  # noqa: F401
+from rtrl_moe_pl.cli.messages import one_line
+from rtrl_moe_pl.modules import ManualModule
+from rtrl_moe_pl.training.callbacks import LastCheckpoint, PredictionWriter
+from rtrl_moe_pl.training.checkpoints import newest_readable, require_readable, require_writable
+
+WITH_CHECKPOINT = ("fit", "validate", "test", "predict")
+
+
+class AuditTrainer(Trainer):
+    """A Trainer with the subcommand audit."""
+
+    def audit(self, model: LightningModule, datamodule: LightningDataModule | None = None, steps: int = 200) -> None:
+        """Compare the configured gradient with BPTT in float64, on the configured model and data.
+
+        Args:
+            model: the model.
+            datamodule: the data.
+            steps: time steps over which state and influence norms are followed.
+        """
+        raise NotImplementedError
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves config.yaml beside the logs, and nowhere if there are none."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI with links from data to model, checkpoints of the last and the best, and ``--ckpt_path last``."""
+
+    status = 0  # of the process
+
+    def __init__(self, args: ArgsType) -> None:
+        super().__init__(
+            ManualModule,
+            LightningDataModule,
+            save_config_callback=SaveConfig,
+            trainer_class=AuditTrainer,
+            trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best-step{step}",
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
+        parser.link_arguments("data.input_size", "model.init_args.cell.init_args.input_size", apply_on="instantiate")
+        for owner in ("model", "model.init_args.readout"):
+            parser.link_arguments("data.output_size", f"{owner}.init_args.output_size", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        root = str(config.trainer.default_root_dir or os.getcwd())
+        remote = "://" in root
+        if self.config.subcommand in WITH_CHECKPOINT and not remote:
+            require_writable(Path(root))
+            if config.ckpt_path == "last":
+                config.ckpt_path = str(newest_readable(Path(root)))
+                print(f"--ckpt_path last: {config.ckpt_path}")
+            elif config.ckpt_path is not None and "://" not in config.ckpt_path:
+                require_readable(Path(config.ckpt_path))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[self.config.subcommand]
+        callbacks = list(config.trainer.callbacks or [])
+        if config.trainer.enable_checkpointing is not False:
+            callbacks += [config.checkpoint, LastCheckpoint()]
+        if self.config.subcommand == "predict":
+            callbacks.append(PredictionWriter())
+        if config.trainer.strategy == "auto" and count_processes(config.trainer) > 1:
+            kwargs["strategy"] = "broadcast"
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+
+def count_processes(trainer: Any) -> int:
+    """How many processes the trainer options ask for: devices times num_nodes."""
+    devices = trainer.devices
+    if isinstance(devices, list):
+        count = len(devices)
+    elif str(devices) in ("auto", "-1"):
+        count = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 1
+    else:
+        parts = [part for part in str(devices).split(",") if part]
+        count = len(parts) if "," in str(devices) else int(devices) if str(devices).isdigit() else 1
+    return count * trainer.num_nodes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; prints one ``error:`` line and returns a non-zero status if it cannot be done.
+
+    Args:
+        argv: what comes after ``python -m rtrl_moe_pl``; by default the process's own. Several devices need the
+            default: the other processes are started with it.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in arguments or os.environ.get("RTRL_MOE_PL_DEBUG") == "1"
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    # Raised inside Lightning; data are made on the device, so there are no workers to have more of.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*LeafSpec.*|.*LightningCLI's args.*")
+    try:
+        return CommandLine(arguments).status
+    except SystemExit as stop:  # --help, --print_config
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1

@@ -1,0 +1,76 @@
+"""Errors in one line: which key, what it got, what it needs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import import_module
+
+_KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)':|.*Got value: Namespace\(class_path='([^']+)'")
+_NOISE = re.compile(
+    r"Does not validate against any of|Subtypes: |Errors:|Given value type: |Expected a <class 'NoneType'>|$"
+)
+_GIVEN = re.compile(r"Given value: (?:NestedArg\(key='[^']*', val='?(.*?)'?\)$|(.*))")
+_UNKNOWN = re.compile(
+    r"(?:Option '([^']+)' is not accepted|unrecognized arguments: -*([\w.]+)|not accept option '([^']+)')"
+)
+_EXPECTED = re.compile(r"Expected an? (?:<class '([^']+)'>|typing\.(\S.*?))(?:\. Got value: (.*))?$")
+_NO_CLASS = re.compile(r"Expected a dot import path string: (.*)")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line.
+
+    The parser's own messages are trees, with a branch for every type a value was tried as: the first branch is the
+    one that was meant.
+    """
+    text = str(error).strip()
+    if not text:
+        return type(error).__name__
+    keys: list[str] = []
+    owner = given = None
+    causes: list[str] = []
+    for line in text.splitlines():
+        line = line.strip().removeprefix("- ")
+        if key := _KEY.match(line):
+            if causes:  # another branch
+                break
+            keys.append(key[1])
+            line = key[2]
+        if found := _CLASS.match(line):
+            owner = owner if causes else found[1] or found[2]
+        if found := _GIVEN.match(line):
+            given = found[1] or found[2]
+            break
+        if not (_NOISE.match(line) or line.startswith("Problem with given class_path")):
+            causes.append(line)
+    return _sentence(".".join(keys), causes, owner, given) or " ".join(text.split())
+
+
+def _sentence(path: str, causes: list[str], owner: str | None, given: str | None) -> str:
+    for cause in causes:
+        if unknown := _UNKNOWN.search(cause):
+            key = ".".join(filter(None, [path, unknown[1] or unknown[2] or unknown[3]]))
+            return f"unknown key {key}" + (f": {owner.rsplit('.', 1)[-1]} takes {_options(owner)}" if owner else "")
+        if missing := _NO_CLASS.search(cause):
+            return f"{path}: there is no class {missing[1]}: give the name of an imported one, or its full path"
+    expected = [found for cause in causes if (found := _EXPECTED.match(cause))]
+    if expected:
+        types = " or ".join(found[1] or found[2] for found in expected)
+        return f"{path}: needs {types}, got {expected[0][3] or given}"
+    return ": ".join(part for part in (path, *causes[:1]) if part)
+
+
+def _options(class_path: str) -> str:
+    """Names of the arguments of a class, its bases' included where it hands arguments on."""
+    module, name = class_path.rsplit(".", 1)
+    found: dict[str, None] = {}
+    for owner in getattr(import_module(module), name).__mro__:
+        parameters = (
+            list(inspect.signature(owner.__init__).parameters.values())[1:] if "__init__" in vars(owner) else []
+        )
+        found |= {p.name: None for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return ", ".join(found)

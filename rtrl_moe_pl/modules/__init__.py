@@ -1,0 +1,8 @@
+"""LightningModules: what is trained, with which gradient algorithm."""
+
+from rtrl_moe_pl.modules.base import ManualModule
+from rtrl_moe_pl.modules.losses import WeightedCrossEntropy
+from rtrl_moe_pl.modules.readouts import MLP
+from rtrl_moe_pl.modules.sequence import SequenceModule
+
+__all__ = ["MLP", "ManualModule", "SequenceModule", "WeightedCrossEntropy"]

@@ -1,0 +1,213 @@
+"""What every module shares: hand-written gradients, one optimizer step per batch at most, carry in checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, update
+from rtrl_moe_pl.training.failure import first_bad
+from rtrl_moe_pl.training.strategy import PER_RANK, BroadcastStrategy
+
+ARCHITECTURE = "rtrl_moe_pl_architecture"
+
+
+class ManualModule(LightningModule):
+    """A LightningModule whose gradients come from elsewhere than ``loss.backward()``.
+
+    A subclass's ``training_step`` computes sums of gradients and calls `update_parameters` once.
+
+    Args:
+        optimizer: called with the parameters.
+        lr_scheduler: called with the optimizer; stepped once per optimizer step.
+        gradient_clip: largest L2 norm of the mean gradient, or None.
+        update_every: batches whose gradients are summed into one optimizer step.
+
+    Raises:
+        ValueError: if gradient_clip or update_every is not positive.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_clip: float | None = None,
+        update_every: int = 1,
+    ) -> None:
+        super().__init__()
+        if gradient_clip is not None and not gradient_clip > 0:
+            raise ValueError(f"gradient_clip must be positive or null, got {gradient_clip}")
+        if update_every < 1:
+            raise ValueError(f"update_every must be at least 1 batch, got {update_every}")
+        self.automatic_optimization = False
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.gradient_clip = gradient_clip
+        self.update_every = update_every
+        self._sums = GradientSums()
+        self._diagnosis: str | None = None
+
+    # ---- set-up
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse Trainer options that hand-written gradients cannot honour; adds no callback.
+
+        This hook, because Lightning's own refusal comes right after it and cannot say where to set them instead.
+        """
+        trainer = self.trainer
+        if trainer.gradient_clip_val:
+            raise ValueError(
+                f"trainer.gradient_clip_val={trainer.gradient_clip_val} is not supported: "
+                "the Trainer cannot clip hand-written gradients; set model.gradient_clip instead"
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} is not supported: "
+                "the Trainer cannot accumulate hand-written gradients; set model.update_every instead"
+            )
+        if str(trainer.precision).startswith("16"):
+            raise ValueError(
+                f"trainer.precision={trainer.precision} is not supported: the loss scale of float16 would divide "
+                "hand-written gradients; use 32-true, 64-true or bf16-mixed"
+            )
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, BroadcastStrategy):
+            raise ValueError(
+                f"trainer.strategy={type(trainer.strategy).__name__} is not supported with several processes: "
+                "it keeps the carry of one alone; use strategy: broadcast"
+            )
+        return []
+
+    def setup(self, stage: str) -> None:
+        self._sums.clear()
+        self._diagnosis = None
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError("model.lr_scheduler cannot be ReduceLROnPlateau: schedules are stepped once per update")
+        return [optimizer], [scheduler]
+
+    # ---- the update
+
+    def update_parameters(
+        self, grads: Mapping[str, Tensor], weight: Tensor, diagnose: Callable[[], str | None]
+    ) -> UpdateResult | None:
+        """Add a batch's gradients; every ``update_every`` batches, update the parameters.
+
+        Args:
+            grads: gradients of the summed loss, by parameter name.
+            weight: sum of the loss weights, 0-dim; NaN or infinite if anything else of the batch is.
+            diagnose: says what went bad first in this batch, if anything did.
+
+        Returns:
+            what the update did; None between updates.
+        Raises:
+            NumericalFailure: naming the first tensor that went bad; on every rank at its next update.
+        """
+        self._sums.add(grads, weight)
+        if self._sums.batches < self.update_every:
+            if self._diagnosis is None and not math.isfinite(float(weight)):
+                self._diagnosis = diagnose() or "the loss weight is not finite"
+                if self.trainer.world_size == 1:  # else the other ranks would wait for this one in their update
+                    raise self._failure(self._diagnosis)
+            return None
+        try:
+            return update(
+                dict(self.named_parameters()),
+                self._sums,
+                self.optimizers(),  # type: ignore[arg-type]  # Lightning's wrapper of the one optimizer: it counts steps
+                self.lr_schedulers(),  # type: ignore[arg-type]
+                self.gradient_clip,
+            )
+        except NumericalFailure as failure:
+            raise self._failure(self._diagnosis or diagnose() or str(failure)) from None
+
+    def _failure(self, diagnosis: str) -> NumericalFailure:
+        advice = (
+            "check the data"
+            if diagnosis.startswith("inputs")
+            else "try a smaller learning rate, a smaller model.gradient_clip, or a shorter sequence"
+        )
+        kept = [str(path) for path in map(_saved_path, self.trainer.checkpoint_callbacks) if path]
+        return NumericalFailure(
+            f"training stopped at step {self.trainer.global_step}: {diagnosis}; {advice}; "
+            f"last good checkpoint: {kept[-1] if kept else 'none'}"
+        )
+
+    # ---- checkpoints
+
+    def carry_state(self) -> dict[str, Any] | None:
+        """What the module carries between batches, in tensors, numbers, strings, lists and dicts."""
+        return None
+
+    def restore_carry(self, state: dict[str, Any] | None) -> None:
+        """Take up what `carry_state` gave."""
+
+    def carried_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Names and tensors of the carry, to be checked before they are saved."""
+        return ()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        tensors = itertools.chain(
+            ((f"parameter {name}", parameter) for name, parameter in self.named_parameters()),
+            self.carried_tensors(),
+            ((f"gradient of {name}", grad) for name, grad in self._sums.grads.items()),
+        )
+        bad = first_bad(tensors)
+        if bad is not None:  # before the file is opened: the last good checkpoint stays
+            raise self._failure(bad)
+        checkpoint[ARCHITECTURE] = self._architecture()
+        checkpoint[PER_RANK] = {
+            "world_size": self.trainer.world_size,
+            "carry": self.carry_state(),
+            "sums": self._sums.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_architecture(checkpoint)
+        if PER_RANK in checkpoint:
+            self._sums.load_state_dict(checkpoint[PER_RANK]["sums"])
+            self.restore_carry(checkpoint[PER_RANK]["carry"])
+
+    def on_train_start(self) -> None:
+        self._sums.to(self.device)
+
+    def _architecture(self) -> dict[str, str]:
+        return {
+            name: type(child).__name__ for name, child in self.named_children() if any(True for _ in child.parameters())
+        }
+
+    def _check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse, in one line, a checkpoint whose parameters are not this module's."""
+        here, there = self._architecture(), checkpoint.get(ARCHITECTURE, {})
+        differing = [
+            f"{name} is {there[name]} there and {here[name]} here"
+            for name in here
+            if there.get(name, here[name]) != here[name]
+        ]
+        ours = {name: list(value.shape) for name, value in self.state_dict().items()}
+        saved = {name: list(value.shape) for name, value in checkpoint["state_dict"].items()}
+        differing += [
+            f"{name} is {saved.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+            for name in sorted(ours.keys() | saved.keys())
+            if ours.get(name) != saved.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"the checkpoint is of another architecture: {differing[0]}; use the model it was made with"
+            )
+
+
+def _saved_path(callback: Checkpoint) -> str:
+    return getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")

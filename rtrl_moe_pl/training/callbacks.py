@@ -1,0 +1,56 @@
+"""Callbacks of the command line."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt``: after every validation and at the end, whatever the accuracy (the best has its own callback)."""
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", monitor=None, save_top_k=1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_end(trainer, pl_module)
+
+
+class PredictionWriter(Callback):
+    """Writes ``predictions.csv`` of the steps that have a weight, one file per process, into a new folder of the logs.
+
+    Columns: batch, lane, step, label, prediction (the class of the largest output).
+    """
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        suffix = "" if trainer.world_size == 1 else f"_rank{trainer.global_rank}"
+        self.path = folder / f"predictions{suffix}.csv"
+        self._file = self.path.open("x", newline="")  # never over another file
+        self._rows = csv.writer(self._file)
+        self._rows.writerow(["batch", "lane", "step", "label", "prediction"])
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        labels, weights = batch.targets
+        predicted = outputs.argmax(-1)
+        where = weights.nonzero()  # [N, 2]
+        lanes, steps = where.unbind(1)
+        columns = (lanes, steps, labels[lanes, steps], predicted[lanes, steps])
+        self._rows.writerows([batch_idx, *row] for row in zip(*(column.tolist() for column in columns), strict=True))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._file.close()
+        print(f"predictions: {self.path}")

@@ -1,0 +1,62 @@
+"""Several processes without a reducer: gradients have one path, the collective in `update`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+
+# What a checkpoint holds besides what is equal on all ranks: the carry of a module (see modules.base).
+PER_RANK = "rtrl_moe_pl_per_rank"
+
+
+class BroadcastStrategy(DDPStrategy):
+    """Data parallelism for modules that write ``p.grad`` themselves (``strategy: broadcast``).
+
+    DistributedDataParallel reduces only gradients that autograd accumulates; hand-written ones would differ between
+    ranks in silence. This strategy broadcasts the weights of rank 0 once and leaves gradients to `update`.
+    Checkpoints are written by rank 0; the carry of rank r > 0 goes to ``<checkpoint>.rank<r>`` beside it.
+    """
+
+    def configure_ddp(self) -> None:
+        assert self.model is not None
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if not self.is_global_zero and PER_RANK in checkpoint:
+            self.checkpoint_io.save_checkpoint({PER_RANK: checkpoint[PER_RANK]}, self._shard(filepath))
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if fitting and PER_RANK in checkpoint:
+            saved = checkpoint[PER_RANK]["world_size"]
+            if saved != self.world_size:
+                raise ValueError(
+                    f"{checkpoint_path} was written by {saved} processes, but {self.world_size} are running: "
+                    "use the same number of devices, whose lanes it continues"
+                )
+            if not self.is_global_zero:
+                shard = self._shard(checkpoint_path)
+                if not Path(shard).is_file():
+                    raise FileNotFoundError(f"{shard} is missing: it holds the carry of rank {self.global_rank}")
+                checkpoint[PER_RANK] = torch.load(shard, map_location="cpu", weights_only=True)[PER_RANK]
+        return checkpoint
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        super().remove_checkpoint(filepath)
+        if not self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(self._shard(filepath))
+
+    def _shard(self, filepath: Any) -> str:
+        return f"{os.fspath(filepath)}.rank{self.global_rank}"
+
+
+StrategyRegistry.register("broadcast", BroadcastStrategy, description=BroadcastStrategy.__doc__ or "")

@@ -1,0 +1,126 @@
+"""The one place that writes ``p.grad``: reduce over ranks, normalise, clip, step, schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rtrl_moe_pl.training.failure import NumericalFailure, first_bad
+
+
+class Stepper(Protocol):
+    """An optimizer or a learning rate schedule."""
+
+    def step(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What an update did.
+
+    Attributes:
+        stepped: whether the optimizer was stepped; False when no weight was seen on any rank.
+        grad_norm: L2 norm of the mean gradient before clipping; 0 if not stepped.
+        weight: the weight seen on all ranks since the last update.
+    """
+
+    stepped: bool
+    grad_norm: float
+    weight: float
+
+
+class GradientSums:
+    """Gradients and loss weights summed over the batches since the last update."""
+
+    def __init__(self) -> None:
+        self.grads: dict[str, Tensor] = {}
+        self.weight: Tensor | None = None
+        self.batches = 0
+
+    def add(self, grads: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Add one batch: gradients of the summed loss, and the sum of its loss weights (0-dim)."""
+        if self.weight is None:
+            self.grads, self.weight = dict(grads), weight
+        else:
+            self.grads = {name: self.grads[name] + grad for name, grad in grads.items()}
+            self.weight = self.weight + weight
+        self.batches += 1
+
+    def clear(self) -> None:
+        self.grads, self.weight, self.batches = {}, None, 0
+
+    def to(self, device: torch.device) -> None:
+        """Move the sums, which a checkpoint may have brought from another device."""
+        self.grads = {name: grad.to(device) for name, grad in self.grads.items()}
+        self.weight = None if self.weight is None else self.weight.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"grads": dict(self.grads), "weight": self.weight, "batches": self.batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.grads, self.weight, self.batches = dict(state["grads"]), state["weight"], state["batches"]
+
+
+def update(
+    parameters: Mapping[str, nn.Parameter],
+    sums: GradientSums,
+    optimizer: Stepper,
+    scheduler: Stepper | None = None,
+    gradient_clip: float | None = None,
+) -> UpdateResult:
+    """Step the optimizer on the mean gradient over ranks, lanes, steps and batches, and clear the sums.
+
+    One flat collective carries [gradients, weight]; nothing is averaged anywhere else. Every rank must call it the
+    same number of times. With zero weight on all ranks the optimizer is not stepped (Adam moves on zero gradients).
+
+    Args:
+        parameters: by the names used in ``sums.grads``; frozen ones and those without a gradient get ``grad = None``.
+        sums: sums of gradients and weights since the last update; a weight that is not finite marks a failure of this
+            rank's batch, and so reaches every rank.
+        optimizer: stepped once, or not at all.
+        scheduler: stepped after the optimizer, whenever that is.
+        gradient_clip: largest L2 norm of the mean gradient, or None.
+
+    Raises:
+        NumericalFailure: on every rank; before anything is changed if the weight or a gradient is not finite, after
+            the step if it made a parameter so.
+    Cost: one pass over the gradients, one collective, one transfer to the host.
+    """
+    if sums.weight is None:
+        raise ValueError("update needs at least one batch: call GradientSums.add before it")
+    unknown = sums.grads.keys() - parameters.keys()
+    if unknown:
+        raise ValueError(f"gradients for unknown parameters {sorted(unknown)}: the module has {sorted(parameters)}")
+    names = [name for name in sums.grads if parameters[name].requires_grad]
+    flat = torch.cat([*(sums.grads[name].reshape(-1) for name in names), sums.weight.reshape(1)])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(flat)
+    total, sum_norm = torch.stack([flat[-1], torch.linalg.vector_norm(flat[:-1])]).tolist()
+    flat = flat[:-1]
+    means = dict(zip(names, flat.split([parameters[name].numel() for name in names]), strict=True))
+    if not (math.isfinite(total) and math.isfinite(sum_norm)):
+        raise NumericalFailure(
+            first_bad((f"gradient of {name}", means[name]) for name in names)
+            or "the batch of another rank is not finite"
+        )
+    sums.clear()
+    if total == 0:
+        return UpdateResult(stepped=False, grad_norm=0.0, weight=0.0)
+
+    grad_norm = sum_norm / total
+    clip = min(1.0, gradient_clip / grad_norm) if gradient_clip is not None and grad_norm > 0 else 1.0
+    flat.mul_(clip / total)  # before the optimizer sees them: mean over all ranks, then clipped
+    for name, parameter in parameters.items():
+        parameter.grad = means[name].view_as(parameter).to(parameter.dtype) if name in means else None
+    optimizer.step()
+    if not math.isfinite(float(nn.utils.get_total_norm(parameters.values()))):
+        raise NumericalFailure(first_bad((f"parameter {name}", p) for name, p in parameters.items()) or "parameters")
+    if scheduler is not None:
+        scheduler.step()
+    return UpdateResult(stepped=True, grad_norm=grad_norm, weight=total)
