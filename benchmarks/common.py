@@ -1,0 +1,82 @@
+"""Timing, machine facts and result files, for all benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to place the figures."""
+    model = platform.processor()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    facts = {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's queue drained on both sides."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def interleaved(
+    runs: Sequence[Callable[[], object]], repetitions: int, device: torch.device, warm_up: int = 1
+) -> list[list[float]]:
+    """Seconds of every repetition of every run, taken in turn: what slows the machine for a while slows all."""
+    for _ in range(warm_up):
+        for run in runs:
+            run()
+    taken: list[list[float]] = [[] for _ in runs]
+    for _ in range(repetitions):
+        for run, times in zip(runs, taken, strict=True):
+            times.append(seconds(run, device))
+    return taken
+
+
+def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
+    """Median over repetitions of the ratio of neighbours in time."""
+    return statistics.median(a / b for a, b in zip(times, reference, strict=True))
+
+
+def sgemm_peak(device: torch.device, size: int = 1024, repetitions: int = 9) -> float:
+    """Floating-point operations a second of a large single-precision matrix product."""
+    a, b = torch.randn(2, size, size, device=device)
+    out = torch.empty(size, size, device=device)
+    times = interleaved([lambda: torch.mm(a, b, out=out)], repetitions, device)[0]
+    return 2 * size**3 / statistics.median(times)
+
+
+def write(name: str, device: torch.device, results: Any) -> Path:
+    """Write results with the machine's facts to benchmarks/results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(device), "results": results}, indent=1) + "\n")
+    return path
