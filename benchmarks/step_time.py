@@ -120,7 +120,7 @@ def influence_update(hidden: int, batch: int, repetitions: int, device: torch.de
     run()
     sensitivity, linearization = kept[0]
     turn = torch.linalg.qr(torch.randn(batch, hidden, hidden)).Q.to(device)  # keeps P at its size
-    alone = WindowLinearization(torch.cat([turn, turn[..., :1]], 2), {}, linearization.shapes)
+    alone = WindowLinearization(turn, linearization.cotangent, {}, linearization.shapes)
     other = copy.deepcopy(sensitivity)
     a, b = torch.randn(2, 1024, 1024, device=device)
     out = torch.empty(1024, 1024, device=device)

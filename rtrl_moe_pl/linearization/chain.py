@@ -19,18 +19,22 @@ FLUSH_EVERY = 8  # steps; a contracting cell loses a few orders of magnitude in 
 
 @dataclass
 class Sweep:
-    """Cotangents over a window; the last axis holds the S end-state entries, then the loss.
+    """Cotangents over a window, of the end state's S entries and of the window's loss.
 
     Args:
-        states: cotangent of the state returned at each step, [k, B, S, S + 1]; None where no one needs them.
-        start: cotangent of the state the window began with, [B, S, S + 1].
-        initial: cotangent of the initial state used at the starts, summed over them, [B, S, S + 1]; None if none.
-        taps: cotangents of taps' outputs by ``jacobian_key``.
+        states: of the state returned at each step, from the end state, [k, B, S, S]; None where no one needs them.
+        losses: of the state returned at each step, from the loss, [k, B, S].
+        transition, cotangent: of the state the window began with, [B, S, S] and [B, S].
+        initial, initial_loss: of the initial state used at the starts, summed over them; None if there was none.
+        taps: of taps' outputs, by ``jacobian_key``.
     """
 
     states: Tensor | None
-    start: Tensor
+    losses: Tensor
+    transition: Tensor
+    cotangent: Tensor
     initial: Tensor | None
+    initial_loss: Tensor | None
     taps: dict[Key, Cotangents]
 
 
@@ -47,44 +51,48 @@ def sweep(
     Args:
         keep_states: keep the cotangents of all states, not only of the first.
 
-    Cost: k B (S + 1) S^2 products; k small steps in sequence, all else is batched over the window.
+    Cost: k B S^3 multiply-adds; k small steps in sequence, all else is batched over the window.
     """
     steps, batch, size = loss_cotangents.shape
     back = _diagonal_step(derivatives, steps, batch, size, workspace)
     keys = {jacobian_key(jacobian): jacobian for _, jacobian in derivatives.taps}
     if back is None:
         back = _MatrixStep(transition_matrices(derivatives, steps, batch, loss_cotangents, workspace))
-    elif set(keys) > set(back.taps):
-        keep_states = True
-    keep_states |= not back.taps
+    keep_states |= bool(keys.keys() - back.taps.keys())
     kept = steps + 1 if keep_states else 2  # a ring; kept whole, [0] is the window's start
-    ring = workspace.empty("states", (kept, batch, size, size + 1), loss_cotangents)
+    ring = workspace.empty("states", (kept, batch, size, size), loss_cotangents)
     state = ring[steps % kept]
     state.zero_().diagonal(dim1=1, dim2=2).fill_(1.0)
-    state[:, :, size] = loss_cotangents[-1]
-    lossy = (loss_cotangents != 0).flatten(1).any(1).tolist()
-    initial: Tensor | None = None
+    # losses[t + 1] belongs to the state that step t returned, [0] to the window's start
+    losses = torch.cat([torch.zeros_like(loss_cotangents[:1]), loss_cotangents])
+    initial, initial_loss = None, None
     for t in reversed(range(steps)):
         earlier = ring[t % kept]
         back(t, state, earlier)
+        loss = back.vector(t, losses[t + 1])
         state = earlier
         if starting[t]:
             assert starts is not None
-            at_start = starts[:, t, None, None]
-            taken = torch.where(at_start, state, 0.0)
+            here = starts[:, t, None]
+            taken, taken_loss = torch.where(here[..., None], state, 0.0), torch.where(here, loss, 0.0)
             initial = taken if initial is None else initial + taken
-            state.masked_fill_(at_start, 0.0)
+            initial_loss = taken_loss if initial_loss is None else initial_loss + taken_loss
+            state.masked_fill_(here[..., None], 0.0)
+            loss = loss.masked_fill(here, 0.0)
         if t % FLUSH_EVERY == 0:
             copy_flushed(state, state)
-        if t and lossy[t - 1]:
-            state[:, :, size] += loss_cotangents[t - 1]
+        losses[t] += loss
     states = ring[1:] if keep_states else None
-    taps: dict[Key, Cotangents] = {key: StoredCotangents(value) for key, value in back.taps.items()}
+    taps: dict[Key, Cotangents] = {}
     for key, jacobian in keys.items():
-        if key not in taps:
+        if key in back.taps:
+            assert isinstance(jacobian, SparseJacobian)
+            from_loss = jacobian.times_left(losses[1:].flatten(0, 1)).unflatten(0, (steps, batch))
+            taps[key] = StoredCotangents(back.taps[key], from_loss)
+        else:
             assert states is not None
-            taps[key] = tap_cotangents(jacobian, states, f"tap {len(taps)}", workspace)
-    return Sweep(states, state, initial, taps)
+            taps[key] = tap_cotangents(jacobian, states, losses[1:], f"tap {len(taps)}", workspace)
+    return Sweep(states, losses[1:], state, losses[0], initial, initial_loss, taps)
 
 
 class _MatrixStep:
@@ -97,6 +105,9 @@ class _MatrixStep:
     def __call__(self, t: int, later: Tensor, earlier: Tensor) -> None:
         torch.bmm(self.transitions[t], later, out=earlier)
 
+    def vector(self, t: int, later: Tensor) -> Tensor:
+        return torch.bmm(self.transitions[t], later[:, :, None])[:, :, 0]
+
 
 class _DiagonalStep:
     """One step back where ds'/ds = diag(T) W + diag(a): the tap's cotangents are on the way, and W is shared."""
@@ -104,21 +115,28 @@ class _DiagonalStep:
     def __init__(
         self, scale: Tensor | None, weight: Tensor | None, direct: Tensor | None, taps: dict[Key, Tensor], steps: int
     ) -> None:
-        self.scale = None if scale is None else scale.view(steps, -1, scale.shape[1], 1)
-        self.direct = None if direct is None else direct.view(steps, -1, direct.shape[1], 1)
-        self.weight = weight  # [B, S, S], transposed
+        self.scale = None if scale is None else scale.view(steps, -1, scale.shape[1])
+        self.direct = None if direct is None else direct.view(steps, -1, direct.shape[1])
+        self.weight = weight  # [S, S]
         self.taps = taps
         self.out = next(iter(taps.values()), None)
 
     def __call__(self, t: int, later: Tensor, earlier: Tensor) -> None:
         if self.scale is None or self.weight is None or self.out is None:
             assert self.direct is not None
-            torch.mul(later, self.direct[t], out=earlier)
+            torch.mul(later, self.direct[t, :, :, None], out=earlier)
             return
-        torch.mul(later, self.scale[t], out=self.out[t])
-        torch.bmm(self.weight, self.out[t], out=earlier)
+        torch.mul(later, self.scale[t, :, :, None], out=self.out[t])
+        torch.bmm(self.weight.T.expand(later.shape[0], -1, -1), self.out[t], out=earlier)
         if self.direct is not None:
-            earlier.addcmul_(later, self.direct[t])
+            earlier.addcmul_(later, self.direct[t, :, :, None])
+
+    def vector(self, t: int, later: Tensor) -> Tensor:
+        if self.scale is None or self.weight is None:
+            assert self.direct is not None
+            return later * self.direct[t]
+        earlier = (later * self.scale[t]) @ self.weight
+        return earlier if self.direct is None else earlier.addcmul_(later, self.direct[t])
 
 
 def _diagonal_step(
@@ -135,9 +153,8 @@ def _diagonal_step(
         return _DiagonalStep(None, None, factor, {}, steps) if direct else None
     jacobian, weight = through[0]
     assert weight is not None
-    out = workspace.empty("tap 0", (steps, batch, size, size + 1), weight)
-    taps = {jacobian_key(jacobian): out}
-    return _DiagonalStep(jacobian.values[0], weight.T.expand(batch, -1, -1), factor, taps, steps)
+    out = workspace.empty("tap 0", (steps, batch, size, size), weight)
+    return _DiagonalStep(jacobian.values[0], weight, factor, {jacobian_key(jacobian): out}, steps)
 
 
 def transition_matrices(
@@ -160,14 +177,15 @@ def transition_matrices(
     return total.view(size, steps, batch, size)
 
 
-def tap_cotangents(jacobian: Jacobian, states: Tensor, name: str, workspace: Workspace) -> Cotangents:
-    """Cotangents of a tap's output at every step, given those of the states [k, B, S, S + 1]."""
+def tap_cotangents(jacobian: Jacobian, states: Tensor, losses: Tensor, name: str, workspace: Workspace) -> Cotangents:
+    """Cotangents of a tap's output at every step, given those of the states: [k, B, S, S] and [k, B, S]."""
     if isinstance(jacobian, SparseJacobian):
-        return ScaledCotangents(states, jacobian, workspace)
-    steps, batch, _, width = states.shape
-    out = workspace.empty(name, (steps * batch, jacobian.shape[2], width), states)
+        return ScaledCotangents(states, losses, jacobian, workspace)
+    steps, batch, size = losses.shape
+    out = workspace.empty(name, (steps * batch, jacobian.shape[2], size), states)
     torch.bmm(jacobian.transpose(1, 2), states.flatten(0, 1), out=out)
-    return StoredCotangents(out.unflatten(0, (steps, batch)))
+    from_loss = torch.bmm(losses.flatten(0, 1)[:, None], jacobian)[:, 0]
+    return StoredCotangents(out.unflatten(0, (steps, batch)), from_loss.unflatten(0, (steps, batch)))
 
 
 def jacobian_key(jacobian: Jacobian) -> Key:

@@ -12,13 +12,19 @@ from rtrl_moe_pl.linearization.workspace import Workspace
 
 
 class Cotangents(Protocol):
-    """An array [k, B, rows, S + 1] that is asked for in parts."""
+    """What a tap's outputs receive: from every entry of the end state, [k, B, rows, S], and from the loss."""
 
     @property
-    def shape(self) -> tuple[int, int, int, int]: ...
+    def shape(self) -> tuple[int, int, int]:
+        """k, B, rows."""
+        ...
 
     def part(self, lane: int, lanes: int, row: int, rows: int) -> Tensor:
-        """[k, lanes, rows, S + 1], valid until the next part is asked for."""
+        """From the end state, [k, lanes, rows, S]; valid until the next part is asked for."""
+        ...
+
+    def from_loss(self) -> Tensor:
+        """From the window's loss, [k, B, rows]."""
         ...
 
 
@@ -26,14 +32,18 @@ class Cotangents(Protocol):
 class StoredCotangents:
     """Kept in full."""
 
-    values: Tensor  # [k, B, rows, S + 1]
+    values: Tensor  # [k, B, rows, S]
+    loss: Tensor  # [k, B, rows]
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return self.values.shape  # type: ignore[return-value]
+    def shape(self) -> tuple[int, int, int]:
+        return self.loss.shape  # type: ignore[return-value]
 
     def part(self, lane: int, lanes: int, row: int, rows: int) -> Tensor:
         return self.values[:, lane : lane + lanes, row : row + rows]
+
+    def from_loss(self) -> Tensor:
+        return self.loss
 
 
 @dataclass
@@ -43,18 +53,22 @@ class ScaledCotangents:
     A tile stays in cache, where in full they would pass through memory twice.
     """
 
-    states: Tensor  # [k, B, S, S + 1]
+    states: Tensor  # [k, B, S, S]
+    loss: Tensor  # [k, B, S], of the states
     jacobian: SparseJacobian
     workspace: Workspace
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        steps, batch, _, width = self.states.shape
-        return steps, batch, self.jacobian.pattern.columns, width
+    def shape(self) -> tuple[int, int, int]:
+        steps, batch, _ = self.loss.shape
+        return steps, batch, self.jacobian.pattern.columns
 
     def part(self, lane: int, lanes: int, row: int, rows: int) -> Tensor:
-        steps, batch, _, width = self.states.shape
+        steps, batch, width = self.loss.shape
         out = self.workspace.empty("cotangents of a tile", (steps, lanes, rows, width), self.states)
         here = slice(lane, lane + lanes)
         self.jacobian.unflatten(steps, batch).transposed_times(self.states[:, here], out, here, row)
         return out
+
+    def from_loss(self) -> Tensor:
+        return self.jacobian.times_left(self.loss.flatten(0, 1)).unflatten(0, self.loss.shape[:2])

@@ -130,20 +130,23 @@ class Linearizer:
                 terms[block] += found
         if swept.states is not None and self._plan.untapped:
             untapped = {name: self.trainable[name] for name in sorted(self._plan.untapped)}
-            for block, dense in functional_terms(self.cell, untapped, inputs, given, swept.states).items():
+            for block, dense in functional_terms(
+                self.cell, untapped, inputs, given, swept.states, swept.losses
+            ).items():
                 terms[block] += dense
-        if swept.initial is not None and initial is not None:
-            for block, dense in initial_terms(initial, self.trainable, swept.initial).items():
+        if swept.initial is not None and swept.initial_loss is not None and initial is not None:
+            at_starts = swept.initial, swept.initial_loss
+            for block, dense in initial_terms(initial, self.trainable, *at_starts).items():
                 terms[block] += dense
                 self._initial_names |= {member.name for member in block.members}
-        return WindowLinearization(swept.start, separate(terms, self.shapes, swept.start), self.shapes)
+        return separate(WindowLinearization(swept.transition, swept.cotangent, dict(terms), self.shapes))
 
     @torch.enable_grad()
     def linearize_graph(self, start: Tensor, returned: list[Tensor], loss_cotangents: Tensor) -> WindowLinearization:
         """Derivatives of a window that ran with its graph from the leaf ``start`` [B, S]."""
-        transition, dense = whole_window(start, returned, loss_cotangents, self.trainable)
+        transition, cotangent, dense = whole_window(start, returned, loss_cotangents, self.trainable)
         terms: dict[Block, list[Term]] = {block: list(found) for block, found in dense.items()}
-        return WindowLinearization(transition, terms, self.shapes)
+        return WindowLinearization(transition, cotangent, terms, self.shapes)
 
     def _fall_back(self, reason: Exception) -> None:
         first_line = (str(reason).splitlines() or [type(reason).__name__])[0]

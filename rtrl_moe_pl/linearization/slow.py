@@ -31,7 +31,8 @@ def functional_terms(
     parameters: dict[str, Tensor],
     inputs: Tensor,  # [k, B, ..]
     given: Tensor,  # [k, B, S] states that the cell was given
-    states: Tensor,  # [k, B, S, S + 1] cotangents of the states that it returned
+    states: Tensor,  # [k, B, S, S] cotangents of the states that it returned, from the end state
+    losses: Tensor,  # [k, B, S] and from the loss
 ) -> dict[Block, list[DenseTerm]]:
     """M of parameters in any use, by running the cell over each lane's k steps as one batch.
 
@@ -41,7 +42,7 @@ def functional_terms(
     for b in range(given.shape[1]):
         with torch.enable_grad():
             output = cell(inputs[:, b], given[:, b])
-        cotangents = states[:, b].permute(2, 0, 1)  # [S + 1, k, S]
+        cotangents = torch.cat([states[:, b].permute(2, 0, 1), losses[None, :, b]])  # [S + 1, k, S]
         lanes.append(pull_back(output, list(parameters.values()), cotangents))
     return {
         Block.alone(name, parameters[name].shape): [_dense_term([lane[i] for lane in lanes])]
@@ -50,14 +51,16 @@ def functional_terms(
 
 
 def _dense_term(lanes: list[Tensor]) -> DenseTerm:
-    """From one [S + 1, *shape] a lane to [B, 1, numel, S + 1]."""
-    return DenseTerm(torch.stack([lane.flatten(1).T[None] for lane in lanes]))
+    """From one [S + 1, *shape] a lane, the loss last."""
+    flat = torch.stack([lane.flatten(1).T[None] for lane in lanes])  # [B, 1, numel, S + 1]
+    return DenseTerm(flat[..., :-1], flat[..., -1].sum(0))
 
 
 def initial_terms(
     initial: Tensor,  # [B, S], with its graph
     parameters: dict[str, Tensor],
-    cotangents: Tensor,  # [B, S, S + 1]
+    cotangents: Tensor,  # [B, S, S], from the end state
+    loss: Tensor,  # [B, S]
 ) -> dict[Block, list[DenseTerm]]:
     """M of the parameters of a learned initial state, given the cotangents it received at the starts."""
     if not initial.requires_grad:
@@ -67,7 +70,7 @@ def initial_terms(
     used = {n: parameters[n] for n, g in zip(names, reached, strict=True) if g is not None}
     lanes = []
     for b in range(initial.shape[0]):
-        lane = cotangents[b].T  # [S + 1, S]
+        lane = torch.cat([cotangents[b].T, loss[b][None]])  # [S + 1, S]
         lanes.append(pull_back(initial[b], list(used.values()), lane))
     return {
         Block.alone(name, used[name].shape): [_dense_term([lane[i] for lane in lanes])] for i, name in enumerate(used)
@@ -79,8 +82,8 @@ def whole_window(
     returned: Sequence[Tensor],  # k states [B, S], with their graph
     loss_cotangents: Tensor,  # [k, B, S]
     parameters: dict[str, Tensor],
-) -> tuple[Tensor, dict[Block, list[DenseTerm]]]:
-    """J with the loss's cotangent [B, S, S + 1], and M, from the graph of the window as it ran.
+) -> tuple[Tensor, Tensor, dict[Block, list[DenseTerm]]]:
+    """J, the loss's cotangent at the start, and M, from the graph of the window as it ran.
 
     For cells that are random, or whose rows cannot be evaluated together. Cost: B (S + 1) backward passes (S + 1 at a
     time where vmap allows it).
@@ -92,7 +95,8 @@ def whole_window(
     joined = torch.stack(list(returned))  # [k, B, S]
     names = list(parameters)
     inputs = [start, *parameters.values()]
-    transition = start.new_empty(batch, size, size + 1)
+    transition = start.new_empty(batch, size, size)
+    cotangent = torch.empty_like(start)
     lanes: list[list[Tensor]] = []
     for b in range(batch):
         cotangents = joined.new_zeros(size + 1, *joined.shape)
@@ -106,10 +110,11 @@ def whole_window(
                 f"lane {b}'s state depends on other lanes' states: online gradients need lanes that are independent "
                 "(replace batch statistics by LayerNorm, for example)"
             )
-        transition[b] = at_start[:, b].T
+        transition[b] = at_start[:size, b].T
+        cotangent[b] = at_start[size, b]
         lanes.append(found)
     terms = {
         Block.alone(name, parameters[name].shape): [_dense_term([lane[i] for lane in lanes])]
         for i, name in enumerate(names)
     }
-    return transition, terms
+    return transition, cotangent, terms

@@ -18,7 +18,7 @@ from rtrl_moe_pl.linearization.window import Block, IndexTerm, Member, OuterTerm
 
 @dataclass
 class _Meeting:
-    """A tap ready for its product over time: cotangents [k, B, rows, S + 1], inputs [k, B, columns]."""
+    """A tap ready for its product over time: cotangents [k, B, rows, S], inputs [k, B, columns]."""
 
     tap: Tap
     key: Key  # equal for taps with the same cotangents
@@ -28,7 +28,7 @@ class _Meeting:
 
 def tap_terms(
     taps: Sequence[tuple[Tap, Jacobian]],
-    cotangents: dict[Key, Cotangents],  # [k, B, U, S + 1]
+    cotangents: dict[Key, Cotangents],  # [k, B, U, S]
     trainable: dict[str, Tensor],
 ) -> dict[Block, list[Term]]:
     """Blocks and terms of all taps with a trainable parameter."""
@@ -67,12 +67,16 @@ def _meet(
             continue
         key = jacobian_key(jacobian)
         cotangents, inputs = known[key], tap.input
-        steps, batch = cotangents.shape[:2]
+        steps, batch, _ = cotangents.shape
         rows = tap.output.shape[-1]
         copies = tap.output[0].numel() // rows
         if copies > 1:  # the layer acted on several vectors a row: they count as more steps
             whole = cotangents.part(0, batch, 0, copies * rows).view(steps, batch, copies, rows, -1)
-            cotangents = StoredCotangents(whole.transpose(1, 2).reshape(steps * copies, batch, rows, -1))
+            loss = cotangents.from_loss().view(steps, batch, copies, rows)
+            cotangents = StoredCotangents(
+                whole.transpose(1, 2).reshape(steps * copies, batch, rows, -1),
+                loss.transpose(1, 2).reshape(steps * copies, batch, rows),
+            )
             key = (*key, copies)
         if inputs is not None:
             inputs = inputs.detach().reshape(steps, batch, copies, *(() if tap.is_lookup else (-1,)))

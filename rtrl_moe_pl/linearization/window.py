@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -39,7 +39,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Block:
-    """Parameters whose influence is kept together, as ``[B, columns, rows, S + 1]``.
+    """Parameters whose influence is kept together, as ``[B, columns, rows, S]``.
 
     ``rows`` index a layer's outputs and ``columns`` its inputs. Parameters that meet the same cotangents (weights and
     biases of layers whose outputs are added) share a block, so that one product over time serves them all.
@@ -75,10 +75,14 @@ class Block:
 
 
 class Term(Protocol):
-    """One contribution to a block's M; the last of its S + 1 entries is the gradient inside the window."""
+    """One contribution to a block's M, and to the gradient inside the window."""
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
-        """Add to ``influence`` [lanes, columns, rows, S + 1], the part of a block that begins at ``lane``, ``row``."""
+        """Add M to ``influence`` [lanes, columns, rows, S], the part of a block that begins at ``lane``, ``row``."""
+        ...
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add the gradient of the window's loss at a fixed start state, summed over lanes, to [columns, rows]."""
         ...
 
 
@@ -86,26 +90,31 @@ class Term(Protocol):
 class OuterTerm:
     """sum_t cotangent_t (x) input_t, for a layer ``a = W z``; with ``inputs`` None, for what is added: z = 1."""
 
-    cotangents: Cotangents  # [k, B, rows, S + 1]
+    cotangents: Cotangents  # [k, B, rows]
     inputs: Tensor | None  # [k, B, columns]
-    column: int = 0  # first column of the block that it covers
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
         lanes, _, rows, _ = influence.shape
         cotangents = self.cotangents.part(lane, lanes, row, rows)
         if self.inputs is None:
-            influence[:, self.column] += cotangents.sum(0)
+            influence[:, 0] += cotangents.sum(0)
             return
         inputs = self.inputs[:, lane : lane + lanes].permute(1, 2, 0)  # [lanes, columns, k]
-        part = influence[:, self.column : self.column + inputs.shape[1]].flatten(2)
-        part.baddbmm_(inputs, cotangents.flatten(2).transpose(0, 1))
+        influence.flatten(2).baddbmm_(inputs, cotangents.flatten(2).transpose(0, 1))
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        loss = self.cotangents.from_loss().flatten(0, 1)  # [k B, rows]
+        if self.inputs is None:
+            gradient += loss.sum(0)
+        else:
+            gradient.addmm_(self.inputs.flatten(0, 1).T, loss)
 
 
 @dataclass
 class IndexTerm:
     """sum_t cotangent_t at column ``ids_t``, for a look-up in a table ``[columns, rows]``."""
 
-    cotangents: Cotangents  # [k, B, rows, S + 1]
+    cotangents: Cotangents  # [k, B, rows]
     ids: Tensor  # [k, B]
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
@@ -114,71 +123,75 @@ class IndexTerm:
         for i in range(lanes):
             influence[i].index_add_(0, self.ids[:, lane + i], cotangents[:, i])
 
+    def add_gradient(self, gradient: Tensor) -> None:
+        gradient.index_add_(0, self.ids.flatten(), self.cotangents.from_loss().flatten(0, 1))
+
 
 @dataclass
 class DenseTerm:
     """M itself, for what has no factors."""
 
-    jacobian: Tensor  # [B, columns, rows, S + 1]
+    jacobian: Tensor  # [B, columns, rows, S]
+    gradient: Tensor  # [columns, rows]
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
         lanes, _, rows, _ = influence.shape
         influence += self.jacobian[lane : lane + lanes, :, row : row + rows]
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        gradient += self.gradient
 
 
 @dataclass
 class WindowLinearization:
     """The derivatives of one window at the weights it was run with.
 
-    The window's loss is treated as one more component of the state that it ends in, the last of S + 1: then the
-    gradient is a row of the influence matrix, and ``P <- J P + M`` computes it on the way.
-
     Args:
-        transition: J transposed, [B, S, S + 1]: ``transition[b, j, i] = d s_end[b, i] / d s_start[b, j]`` and, at
-            i = S, the loss's cotangent of ``s_start[b, j]``.
+        transition: J transposed, [B, S, S]: ``transition[b, j, i] = d s_end[b, i] / d s_start[b, j]``.
+        cotangent: dL/ds_start at fixed parameters, [B, S].
         terms: the contributions to each block's M.
         shapes: shape of every parameter by name.
     """
 
     transition: Tensor
+    cotangent: Tensor
     terms: dict[Block, list[Term]]
     shapes: dict[str, torch.Size]
 
-    @property
-    def cotangent(self) -> Tensor:
-        """dL/ds_start at fixed parameters, [B, S]."""
-        return self.transition[..., -1]
-
     def gradient(self) -> dict[str, Tensor]:
         """Gradient of the window's loss at a fixed start state, by parameter name, summed over lanes."""
-        return {name: m[:, -1].sum(0) for name, m in self.immediate().items()}
+        gradients: dict[str, Tensor] = {}
+        for block, terms in self.terms.items():
+            total = self.transition.new_zeros(block.columns, block.rows)
+            for term in terms:
+                term.add_gradient(total)
+            gradients |= block.split(total, self.shapes)
+        return gradients
 
     def immediate(self) -> dict[str, Tensor]:
-        """M in full by parameter name, [B, S + 1, *shape]. Large: for representations that want no factors."""
+        """M in full by parameter name, [B, S, *shape]. Large: for representations that want no factors, and tests."""
         result: dict[str, Tensor] = {}
-        batch, _, width = self.transition.shape
         for block, terms in self.terms.items():
-            total = self.transition.new_zeros(batch, block.columns, block.rows, width)
+            total = self.transition.new_zeros(len(self.transition), block.columns, block.rows, len(self.transition[0]))
             for term in terms:
                 term.add_to(total, 0, 0)
             result |= block.split(total.permute(0, 3, 1, 2), self.shapes)
         return result
 
 
-def separate(terms: dict[Block, list[Term]], shapes: dict[str, torch.Size], like: Tensor) -> dict[Block, list[Term]]:
-    """Terms in which no parameter is in two blocks: blocks that share one are replaced by M in full.
-
-    Args:
-        like: the window's transition, [B, S, S + 1].
-    """
+def separate(linearization: WindowLinearization) -> WindowLinearization:
+    """The same with no parameter in two blocks: blocks that share one are replaced by M in full."""
+    terms, shapes = linearization.terms, linearization.shapes
     count = Counter(member.name for block in terms for member in block.members)
-    if all(n == 1 for n in count.values()):
-        return terms
-    shared = [b for b in terms if any(count[m.name] > 1 for m in b.members)]
+    shared = {block: found for block, found in terms.items() if any(count[m.name] > 1 for m in block.members)}
+    if not shared:
+        return linearization
     result = {block: found for block, found in terms.items() if block not in shared}
-    for block in shared:
-        part = WindowLinearization(like, {block: terms[block]}, shapes)
-        for name, m in part.immediate().items():  # [B, S + 1, *shape]
-            dense = DenseTerm(m.flatten(2).transpose(1, 2)[:, None])
-            result.setdefault(Block.alone(name, shapes[name]), []).append(dense)
-    return result
+    for block, found in shared.items():
+        part = replace(linearization, terms={block: found})
+        gradients = part.gradient()
+        for name, m in part.immediate().items():  # [B, S, *shape]
+            jacobian = m.flatten(2).transpose(1, 2)[:, None]
+            alone = Block.alone(name, shapes[name])
+            result.setdefault(alone, []).append(DenseTerm(jacobian, gradients[name].reshape(1, -1)))
+    return replace(linearization, terms=result)

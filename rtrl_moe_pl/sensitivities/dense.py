@@ -21,12 +21,12 @@ GPU_TILE_BYTES = 128 * 1024 * 1024
 class DenseSensitivity(Sensitivity):
     """P [B, S, |theta|], every entry kept and updated in place.
 
-    Kept in tiles ``[B, columns, rows, S + 1]`` of blocks of parameters, the state last, so that ``J P`` is a product
-    of contiguous rows with J transposed and M one product over time. The last of the S + 1 entries is the window's
-    loss, whose row of P is the gradient (``WindowLinearization``): contraction costs no pass of its own. A block is
-    allocated when one of its parameters is first reached; until then its influence is zero and costs nothing.
+    Kept in tiles ``[B, columns, rows, S]`` of blocks of parameters, the state last, so that ``J P`` is a product of
+    contiguous rows with J transposed and M one product over time. A tile is contracted and advanced while it is in
+    cache. A block is allocated when one of its parameters is first reached; until then its influence is zero and
+    costs nothing.
 
-    Cost: S^2 |theta| a window for J P, k S |theta| for M; memory B (S + 1) |theta|, plus one tile.
+    Cost: S^2 |theta| a window for J P, k S |theta| for M; memory B S |theta|, plus one tile.
     Exact: equals BPTT while parameters are fixed.
     References: Williams & Zipser 1989, Neural Computation 1(2):270-280; Schmidhuber 1992, Neural Computation
     4(2):243-248 (windows).
@@ -36,13 +36,13 @@ class DenseSensitivity(Sensitivity):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._blocks: dict[Block, list[Tensor]] = {}  # tiles [B, columns, some rows, S + 1]
+        self._blocks: dict[Block, list[Tensor]] = {}  # tiles [B, columns, some rows, S]
         self._scratch = torch.empty(0, dtype=self.dtype, device=self.device)
 
     def vjp(self, cotangent: Tensor) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
         for block, tiles in self._blocks.items():
-            parts = [torch.einsum("bcrs,bs->cr", tile[..., :-1], cotangent) for tile in tiles]
+            parts = [torch.einsum("bcrs,bs->cr", tile, cotangent) for tile in tiles]
             gradients |= block.split(torch.cat(parts, 1), self.shapes)
         return gradients
 
@@ -70,31 +70,34 @@ class DenseSensitivity(Sensitivity):
         gradients: dict[str, Tensor] = {}
         for block, tiles in self._blocks.items():
             terms = linearization.terms.get(block, [])
-            parts, row = [], 0
+            total = self._scratch.new_zeros(block.columns, block.rows)
+            row = 0
             for tile in tiles:
-                parts.append(self._advance_tile(tile, row, linearization.transition, terms))
-                row += tile.shape[2]
-            gradients |= block.split(torch.cat(parts, 1), self.shapes)
+                rows = tile.shape[2]
+                self._advance_tile(tile, row, linearization, terms, total[:, row : row + rows])
+                row += rows
+            for term in terms:
+                term.add_gradient(total)
+            gradients |= block.split(total, self.shapes)
         return gradients
 
-    def _advance_tile(self, tile: Tensor, row: int, transition: Tensor, terms: list[Term]) -> Tensor:
-        """Advance all lanes of a tile, as many at a time as stay in cache; its gradient [columns, rows]."""
-        lane_bytes = tile[0].nbytes
-        lanes = min(self.batch_size, max(1, self._tile_bytes // lane_bytes))
-        gradient = tile.new_zeros(tile.shape[1:3])
+    def _advance_tile(
+        self, tile: Tensor, row: int, linearization: WindowLinearization, terms: list[Term], gradient: Tensor
+    ) -> None:
+        """Contract a tile into ``gradient`` [columns, rows], then advance it, as many lanes at a time as fit."""
+        lanes = min(self.batch_size, max(1, self._tile_bytes // tile[0].nbytes))
+        if self._scratch.numel() < lanes * tile[0].numel():
+            self._scratch = tile.new_empty(lanes * tile[0].numel())
         for lane in range(0, self.batch_size, lanes):
-            part = tile[lane : lane + lanes]
-            flat = part.flatten(1, 2)  # [lanes, columns rows, S + 1]
-            count = flat[..., :-1].numel()
-            if self._scratch.numel() < count:
-                self._scratch = tile.new_empty(count)
-            old = self._scratch[:count].view(*flat.shape[:2], -1)
-            copy_flushed(flat[..., :-1], old)
-            torch.bmm(old, transition[lane : lane + lanes], out=flat)
+            here = slice(lane, lane + lanes)
+            part = tile[here]
+            flat = part.flatten(1, 2)  # [lanes, columns rows, S]
+            old = self._scratch[: flat.numel()].view_as(flat)
+            copy_flushed(flat, old)
+            gradient += torch.bmm(old, linearization.cotangent[here, :, None]).sum(0).view_as(gradient)
+            torch.bmm(old, linearization.transition[here], out=flat)
             for term in terms:
                 term.add_to(part, lane, row)
-            gradient += part[..., -1].sum(0)
-        return gradient
 
     @property
     def _tile_bytes(self) -> int:
@@ -102,8 +105,7 @@ class DenseSensitivity(Sensitivity):
 
     def _allocate(self, block: Block) -> None:
         """Make room for a block, taking along what its members already had elsewhere."""
-        width = self.state_size + 1
-        row_bytes = block.columns * width * self.dtype.itemsize
+        row_bytes = block.columns * self.state_size * self.dtype.itemsize
         rows = max(1, self._tile_bytes // row_bytes)
         rows = ceil(block.rows / ceil(block.rows / rows))  # tiles of equal size
         tiles = [
@@ -111,7 +113,7 @@ class DenseSensitivity(Sensitivity):
                 self.batch_size,
                 block.columns,
                 min(rows, block.rows - row),
-                width,
+                self.state_size,
                 dtype=self.dtype,
                 device=self.device,
             )
@@ -131,7 +133,7 @@ class DenseSensitivity(Sensitivity):
 
     def _unpack(self, block: Block) -> dict[str, Tensor]:
         """The members' P, [B, S, *shape] each."""
-        whole = torch.cat(self._blocks[block], 2)[..., :-1]
+        whole = torch.cat(self._blocks[block], 2)
         return block.split(whole.permute(0, 3, 1, 2), self.shapes)
 
     def _pack(self, block: Block, held: dict[str, Tensor]) -> None:
@@ -140,7 +142,7 @@ class DenseSensitivity(Sensitivity):
             return
         tiles = self._blocks[block]
         whole = torch.cat(tiles, 2)
-        block.join(held, whole[..., :-1].permute(0, 3, 1, 2))
+        block.join(held, whole.permute(0, 3, 1, 2))
         for tile, part in zip(tiles, whole.split([t.shape[2] for t in tiles], 2), strict=True):
             tile.copy_(part)
 
@@ -154,7 +156,7 @@ class DenseSensitivity(Sensitivity):
         return dense
 
     def norm(self) -> Tensor:
-        norms = [torch.linalg.vector_norm(tile[..., :-1]) for tiles in self._blocks.values() for tile in tiles]
+        norms = [torch.linalg.vector_norm(tile) for tiles in self._blocks.values() for tile in tiles]
         return torch.stack(norms).norm() if norms else torch.zeros((), dtype=self.dtype, device=self.device)
 
     def zero_(self) -> None:
