@@ -17,8 +17,10 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import rtrl_moe_pl.cells  # short class names in YAML are those of imported classes
 import rtrl_moe_pl.data
 import rtrl_moe_pl.gradients  # noqa: F401
+from rtrl_moe_pl.cli.audit import audit
 from rtrl_moe_pl.cli.messages import one_line
-from rtrl_moe_pl.modules import ManualModule
+from rtrl_moe_pl.modules import ManualModule, SequenceModule
+from rtrl_moe_pl.modules.base import refuse_float16
 from rtrl_moe_pl.training.callbacks import LastCheckpoint, PredictionWriter
 from rtrl_moe_pl.training.checkpoints import newest_readable, require_readable, require_writable
 
@@ -28,15 +30,17 @@ WITH_CHECKPOINT = ("fit", "validate", "test", "predict")
 class AuditTrainer(Trainer):
     """A Trainer with the subcommand audit."""
 
-    def audit(self, model: LightningModule, datamodule: LightningDataModule | None = None, steps: int = 200) -> None:
+    def audit(self, model: LightningModule, datamodule: LightningDataModule | None = None, steps: int = 200) -> bool:
         """Compare the configured gradient with BPTT in float64, on the configured model and data.
 
         Args:
             model: the model.
             datamodule: the data.
-            steps: time steps over which state and influence norms are followed.
+            steps: time steps over which gradients are compared and norms are followed.
         """
-        raise NotImplementedError
+        if not isinstance(model, SequenceModule) or datamodule is None:
+            raise TypeError(f"audit needs a SequenceModule and data, got {type(model).__name__}")
+        return audit(model, datamodule, self, steps)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -89,6 +93,7 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
+        refuse_float16(config.trainer.precision)  # before the Trainer, which on a CPU makes bfloat16 of it
         root = str(config.trainer.default_root_dir or os.getcwd())
         remote = "://" in root
         if self.config.subcommand in WITH_CHECKPOINT and not remote:
@@ -98,6 +103,9 @@ class CommandLine(LightningCLI):
                 print(f"--ckpt_path last: {config.ckpt_path}")
             elif config.ckpt_path is not None and "://" not in config.ckpt_path:
                 require_readable(Path(config.ckpt_path))
+
+    def audit(self, **arguments: Any) -> None:
+        self.status = 0 if self.trainer.audit(**arguments) else 1  # type: ignore[attr-defined]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.config.subcommand]

@@ -73,11 +73,7 @@ class ManualModule(LightningModule):
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} is not supported: "
                 "the Trainer cannot accumulate hand-written gradients; set model.update_every instead"
             )
-        if str(trainer.precision).startswith("16"):
-            raise ValueError(
-                f"trainer.precision={trainer.precision} is not supported: the loss scale of float16 would divide "
-                "hand-written gradients; use 32-true, 64-true or bf16-mixed"
-            )
+        refuse_float16(trainer.precision)
         if trainer.world_size > 1 and not isinstance(trainer.strategy, BroadcastStrategy):
             raise ValueError(
                 f"trainer.strategy={type(trainer.strategy).__name__} is not supported with several processes: "
@@ -131,7 +127,8 @@ class ManualModule(LightningModule):
                 self.gradient_clip,
             )
         except NumericalFailure as failure:
-            raise self._failure(self._diagnosis or diagnose() or str(failure)) from None
+            self._diagnosis = self._diagnosis or diagnose() or str(failure)
+            raise self._failure(self._diagnosis) from None
 
     def _failure(self, diagnosis: str) -> NumericalFailure:
         advice = (
@@ -164,7 +161,7 @@ class ManualModule(LightningModule):
             self.carried_tensors(),
             ((f"gradient of {name}", grad) for name, grad in self._sums.grads.items()),
         )
-        bad = first_bad(tensors)
+        bad = self._diagnosis or first_bad(tensors)
         if bad is not None:  # before the file is opened: the last good checkpoint stays
             raise self._failure(bad)
         checkpoint[ARCHITECTURE] = self._architecture()
@@ -207,6 +204,15 @@ class ManualModule(LightningModule):
             raise ValueError(
                 f"the checkpoint is of another architecture: {differing[0]}; use the model it was made with"
             )
+
+
+def refuse_float16(precision: object) -> None:
+    """Refuse precisions whose loss scale hand-written gradients would not survive."""
+    if str(precision).startswith("16"):
+        raise ValueError(
+            f"trainer.precision={precision} is not supported: the loss scale of float16 would divide hand-written "
+            "gradients; use 32-true, 64-true or bf16-mixed"
+        )
 
 
 def _saved_path(callback: Checkpoint) -> str:

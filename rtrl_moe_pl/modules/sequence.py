@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from rtrl_moe_pl.cells import Cell
 from rtrl_moe_pl.data import Batch
-from rtrl_moe_pl.gradients import GradientAlgorithm, Memory, WindowResult
+from rtrl_moe_pl.gradients import GradientAlgorithm, Memory
 from rtrl_moe_pl.modules.base import ManualModule
 from rtrl_moe_pl.modules.evaluation import evaluate
+from rtrl_moe_pl.modules.figures import EvaluationFigures, TrainingFigures, correct
 from rtrl_moe_pl.modules.losses import WeightedCrossEntropy
-from rtrl_moe_pl.training import UpdateResult
 from rtrl_moe_pl.training.failure import first_bad
 
 
@@ -28,6 +26,10 @@ class SequenceModule(ManualModule):
     influence are carried from batch to batch and reset where ``starts`` says so. A batch in which every lane starts
     at column 0 needs no carry, so it may have any size; in a stream, where lanes go on, the size is fixed. With an
     update after every batch of a stream the carried influence belongs to slightly older parameters (online updates).
+
+    Figures are logged every ``trainer.log_every_n_steps`` batches: loss and accuracy per weight and tokens per second
+    over the batches since the last time; gradient norm before clipping, state norm (mean over lanes) and norm of the
+    influence matrix after the last of them.
 
     Args:
         cell: module with ``state_size``, ``initial_state(batch_size)`` and ``forward(x, s)``.
@@ -59,11 +61,10 @@ class SequenceModule(ManualModule):
         self.output_size = output_size
         self.gradient = gradient
         self.loss = WeightedCrossEntropy() if loss is None else loss
-        self.train_accuracy = MeanMetric()
         self.evaluations = nn.ModuleList()  # one per evaluation loader
         self._memory: Memory | None = None  # not a buffer: other processes carry other lanes
         self._restored: dict[str, Any] | None = None
-        self._last_time: float | None = None
+        self._figures = TrainingFigures()
         _check_readout(cell, self.readout, output_size)
 
     # ---- training
@@ -80,10 +81,10 @@ class SequenceModule(ManualModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self._last_time = None
+        self._figures.resume_clock()
 
     def on_validation_end(self) -> None:
-        self._last_time = None  # validation is not counted in tokens per second
+        self._figures.resume_clock()  # validation is not counted in tokens per second
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         inputs, (_, weights), starts = batch.inputs, batch.targets, batch.starts
@@ -93,24 +94,31 @@ class SequenceModule(ManualModule):
         self._memory = result.memory
         weight = weights.sum()
         state_norm = result.memory.state.norm(dim=1).mean()
-        influence_norm = result.memory.sensitivity.norm()
-        # 0 * infinity is NaN: whatever went bad reaches the update, and every rank, through the weight.
-        health = 0 * (result.loss + state_norm + influence_norm)
 
         def diagnose() -> str | None:
-            return first_bad(
-                [
-                    ("inputs", inputs),
-                    ("state", result.memory.state),
-                    ("outputs", result.outputs),
-                    ("loss", result.loss),
-                    ("influence", influence_norm),
-                    *((f"gradient of {name}", grad) for name, grad in result.grads.items()),
-                ]
-            )
+            tensors = {"inputs": inputs, "state": result.memory.state, "outputs": result.outputs, "loss": result.loss}
+            tensors["influence norm"] = result.memory.sensitivity.norm()
+            return first_bad([*tensors.items(), *((f"gradient of {name}", g) for name, g in result.grads.items())])
 
-        update = self.update_parameters(result.grads, weight + health, diagnose)
-        self._log_training(batch, result, weight, state_norm, influence_norm, update)
+        # 0 * infinity is NaN: what is bad in this batch reaches the update, and so every rank, through the weight.
+        update = self.update_parameters(result.grads, weight + 0 * (result.loss + state_norm), diagnose)
+        self._figures.add(result, batch.targets, weight)
+        if self._logs_now():
+            # Lightning takes 0.3 ms for a figure, and the influence norm reads all of P: not after every batch.
+            figures: dict[str, Any] = self._figures.read()
+            figures |= {"train/state_norm": state_norm, "train/influence_norm": result.memory.sensitivity.norm()}
+            if update is not None and update.stepped:
+                figures["train/grad_norm"] = update.grad_norm
+            loss = figures.pop("train/loss", None)
+            self.log_dict(figures)
+            if loss is not None:
+                self.log("train/loss", loss, prog_bar=True)
+
+    def _logs_now(self) -> bool:
+        """Whether the loggers are written to after this batch; after the first batch all figures exist."""
+        trainer: Any = self.trainer  # attributes that its __init__ does not declare
+        done, every = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps
+        return done == 1 or bool(trainer.fast_dev_run) or (every > 0 and done % every == 0)
 
     def _memory_for(self, inputs: Tensor, starts: Tensor | None) -> Memory:
         """The carry for a batch: the one kept, or a fresh one if every lane starts at column 0 (no starts: it does)."""
@@ -135,29 +143,6 @@ class SequenceModule(ManualModule):
             memory.reset()
         return memory
 
-    def _log_training(
-        self,
-        batch: Batch,
-        result: WindowResult,
-        weight: Tensor,
-        state_norm: Tensor,
-        influence_norm: Tensor,
-        update: UpdateResult | None,
-    ) -> None:
-        """One call a batch. A batch without weight has no loss or accuracy, one between updates no gradient norm."""
-        figures: dict[str, Tensor | float] = {"train/state_norm": state_norm, "train/influence_norm": influence_norm}
-        if weight > 0:
-            figures["train/loss"] = result.loss / weight
-            labels, weights = batch.targets
-            figures["train/accuracy"] = self.train_accuracy(correct(result.outputs, labels), weights)
-        if update is not None and update.stepped:
-            figures["train/grad_norm"] = update.grad_norm
-        now, before = time.perf_counter(), self._last_time
-        self._last_time = now
-        if before is not None:
-            figures["train/tokens_per_second"] = batch.inputs.shape[0] * batch.inputs.shape[1] / (now - before)
-        self.log_dict(figures)
-
     # ---- evaluation
 
     def _evaluation_names(self) -> list[str]:
@@ -166,7 +151,7 @@ class SequenceModule(ManualModule):
 
     def _start_evaluation(self) -> None:
         names = self._evaluation_names()
-        self.evaluations = nn.ModuleList(Evaluation() for _ in names).to(self.device)
+        self.evaluations = nn.ModuleList(EvaluationFigures() for _ in names).to(self.device)
 
     def on_validation_start(self) -> None:
         self._start_evaluation()
@@ -186,7 +171,7 @@ class SequenceModule(ManualModule):
         weight = weights.sum()
         name = self._evaluation_names()[loader]
         evaluation = self.evaluations[loader]
-        assert isinstance(evaluation, Evaluation)
+        assert isinstance(evaluation, EvaluationFigures)
         evaluation.accuracy.update(correct(outputs, labels), weights)
         if weight > 0:
             evaluation.loss.update(self.loss(outputs, batch.targets) / weight, weight)
@@ -223,20 +208,6 @@ class SequenceModule(ManualModule):
         if self._memory is not None:
             yield "state", self._memory.state
             yield "influence norm", self._memory.sensitivity.norm()
-
-
-class Evaluation(nn.Module):
-    """Figures of one evaluation loader: means per weight, over all ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.accuracy = MeanMetric()
-        self.loss = MeanMetric()
-
-
-def correct(outputs: Tensor, labels: Tensor) -> Tensor:
-    """1 where the largest output is the label, else 0: [B, T] from outputs [B, T, O] and labels [B, T]."""
-    return (outputs.argmax(-1) == labels).to(outputs.dtype)
 
 
 @torch.no_grad()

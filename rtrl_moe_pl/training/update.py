@@ -105,10 +105,8 @@ def update(
     flat = flat[:-1]
     means = dict(zip(names, flat.split([parameters[name].numel() for name in names]), strict=True))
     if not (math.isfinite(total) and math.isfinite(sum_norm)):
-        raise NumericalFailure(
-            first_bad((f"gradient of {name}", means[name]) for name in names)
-            or "the batch of another rank is not finite"
-        )
+        named = [*((f"gradient of {name}", means[name]) for name in names), ("the gradient of all parameters", flat)]
+        raise NumericalFailure(first_bad(named) or "the batch of another rank is not finite")
     sums.clear()
     if total == 0:
         return UpdateResult(stepped=False, grad_norm=0.0, weight=0.0)

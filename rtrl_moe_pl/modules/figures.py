@@ -1,0 +1,56 @@
+"""Figures that are logged: sums while training, torchmetrics while evaluating."""
+
+from __future__ import annotations
+
+import time
+
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from rtrl_moe_pl.gradients import WindowResult
+
+
+def correct(outputs: Tensor, labels: Tensor) -> Tensor:
+    """1 where the largest output is the label, else 0: [B, T] from outputs [B, T, O] and labels [B, T]."""
+    return (outputs.argmax(-1) == labels).to(outputs.dtype)
+
+
+class TrainingFigures:
+    """Loss, accuracy and speed of the batches since they were last read: this process's, not those of all ranks."""
+
+    def __init__(self) -> None:
+        self.resume_clock()
+
+    def resume_clock(self) -> None:
+        """Begin anew, without the time that passed since the last batch."""
+        self._loss: Tensor | float = 0.0
+        self._correct: Tensor | float = 0.0
+        self._weight: Tensor | float = 0.0
+        self._tokens = 0
+        self._began = time.perf_counter()
+
+    def add(self, result: WindowResult, targets: tuple[Tensor, Tensor], weight: Tensor) -> None:
+        labels, weights = targets
+        self._loss = self._loss + result.loss
+        self._correct = self._correct + (correct(result.outputs, labels) * weights).sum()
+        self._weight = self._weight + weight
+        self._tokens += labels.numel()
+
+    def read(self) -> dict[str, float]:
+        """Figures by tag; loss and accuracy, means per weight, are missing if there was no weight."""
+        figures = {"train/tokens_per_second": self._tokens / (time.perf_counter() - self._began)}
+        weight = float(self._weight)
+        if weight > 0:
+            figures["train/loss"] = float(self._loss) / weight
+            figures["train/accuracy"] = float(self._correct) / weight
+        self.resume_clock()
+        return figures
+
+
+class EvaluationFigures(nn.Module):
+    """Loss and accuracy of one evaluation loader: means per weight, over all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MeanMetric()
+        self.loss = MeanMetric()

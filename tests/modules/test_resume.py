@@ -1,0 +1,131 @@
+"""A run that is interrupted and resumed equals one that is not, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from rtrl_moe_pl.cells import GRU, LSTM
+from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, GradientAlgorithm
+from rtrl_moe_pl.modules import SequenceModule
+from rtrl_moe_pl.training.strategy import PER_RANK
+from tests.modules.helpers import data, module, trainer
+
+
+def final(run: Trainer, model: SequenceModule) -> dict[str, torch.Tensor]:
+    """Everything that a later batch depends on."""
+    memory = model._memory
+    assert memory is not None
+    result = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result |= {f"state {i}": value for i, value in enumerate(run.optimizers[0].state_dict()["state"][0].values())}
+    result["carried state"] = memory.state
+    result |= {f"influence {name}": value for name, value in memory.sensitivity.to_dense().items()}
+    return result
+
+
+def options(update_every: int) -> dict[str, Any]:
+    return {"update_every": update_every, "lr_scheduler": lambda o: torch.optim.lr_scheduler.LinearLR(o)}
+
+
+@pytest.mark.parametrize(
+    ("gradient", "layout"),
+    [(RTRL(window=4), "stream"), (TBPTT(window=4), "stream"), (BPTT(), "sequences"), (RTRL(window=4), "sequences")],
+    ids=repr,
+)
+@pytest.mark.parametrize("update_every", [1, 2])
+def test_resumed_equals_unbroken(tmp_path: Path, gradient: GradientAlgorithm, layout: str, update_every: int) -> None:
+    """Interrupted in mid-epoch and, with update_every=2, between two updates."""
+    whole, stopped = 9 // update_every, 7 // update_every
+    unbroken = module(gradient, **options(update_every))
+    first = trainer(tmp_path, max_steps=whole)
+    first.fit(unbroken, datamodule=data(layout=layout, steps_per_batch=12))
+
+    path = tmp_path / "stopped.ckpt"
+    interrupted = trainer(tmp_path, max_steps=stopped)
+    interrupted.fit(module(gradient, **options(update_every)), datamodule=data(layout=layout, steps_per_batch=12))
+    interrupted.save_checkpoint(path)
+
+    torch.manual_seed(99)
+    resumed = module(gradient, **options(update_every))
+    torch.nn.init.normal_(resumed.cell.input.weight)  # type: ignore[union-attr]  # from the checkpoint or not at all
+    second = trainer(tmp_path, max_steps=whole)
+    second.fit(resumed, datamodule=data(layout=layout, steps_per_batch=12), ckpt_path=str(path))
+    expected, got = final(first, unbroken), final(second, resumed)
+    assert second.global_step == whole
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+def test_without_the_influence_it_would_differ(tmp_path: Path) -> None:
+    """Negative control: the carried influence matters in this run."""
+    path = tmp_path / "stopped.ckpt"
+    interrupted = trainer(tmp_path)
+    interrupted.fit(module(), datamodule=data())
+    interrupted.save_checkpoint(path)
+    weights = []
+    for forget in (False, True):
+        checkpoint = torch.load(path, weights_only=True)
+        if forget:
+            checkpoint[PER_RANK]["carry"]["sensitivity"] = {
+                name: torch.zeros_like(value) if isinstance(value, torch.Tensor) else value
+                for name, value in checkpoint[PER_RANK]["carry"]["sensitivity"].items()
+            }
+        torch.save(checkpoint, tmp_path / "used.ckpt")
+        model = module()
+        trainer(tmp_path, max_steps=9).fit(model, datamodule=data(), ckpt_path=str(tmp_path / "used.ckpt"))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert not torch.equal(*weights)
+
+
+def test_checkpoints_hold_plain_values_only(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.fit(module(), datamodule=data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert checkpoint[PER_RANK]["carry"]["state"].shape == (3, 5)
+    assert not any("memory" in name or "sensitivity" in name for name in checkpoint["state_dict"])
+
+
+def test_the_carry_of_sequences_is_not_saved(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.fit(module(), datamodule=data(layout="sequences"))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)[PER_RANK]["carry"] is None
+
+
+def other(cell: torch.nn.Module) -> SequenceModule:
+    return SequenceModule(cell, 2, RTRL(window=4))
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (GRU(3, 6), r"cell\.input\.bias is \[15\] there and \[18\] here"),
+        (LSTM(3, 5), "cell is GRU there and LSTM here"),
+        (GRU(3, 5, learned_initial_state=True), r"cell\.initial is missing there and \[5\] here"),
+    ],
+)
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path, cell: torch.nn.Module, message: str) -> None:
+    run = trainer(tmp_path)
+    run.fit(module(), datamodule=data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=f"^the checkpoint is of another architecture: {message}"):
+        trainer(tmp_path, max_steps=9).fit(other(cell), datamodule=data(), ckpt_path=str(tmp_path / "a.ckpt"))
+    with pytest.raises(ValueError, match="of another architecture"):
+        trainer(tmp_path).validate(other(cell), datamodule=data(), ckpt_path=str(tmp_path / "a.ckpt"))
+
+
+def test_a_stream_of_another_batch_size_begins_anew(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.fit(module(), datamodule=data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = trainer(tmp_path, max_steps=9)
+    model = module()
+    with pytest.warns(UserWarning, match="training data have changed"):
+        resumed.fit(model, datamodule=data(batch_size=4), ckpt_path=str(tmp_path / "a.ckpt"))
+    assert resumed.global_step == 9
+    assert model._memory is not None
+    assert model._memory.batch_size == 4
