@@ -106,7 +106,7 @@ class _MatrixStep:
         torch.bmm(self.transitions[t], later, out=earlier)
 
     def vector(self, t: int, later: Tensor) -> Tensor:
-        return torch.bmm(self.transitions[t], later[:, :, None])[:, :, 0]
+        return torch.bmm(later[:, None], self.transitions[t].transpose(1, 2))[:, 0]
 
 
 class _DiagonalStep:

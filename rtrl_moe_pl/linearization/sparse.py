@@ -7,7 +7,7 @@ cotangents then give what S cotangents would, and every later product is a scali
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -141,6 +141,8 @@ class SparseJacobian:
 
     def times_left(self, left: Tensor) -> Tensor:
         """``sum_v left[n, v] J[n, v, u]`` for ``left`` [N, V]: [N, U]."""
+        if self.pattern.is_diagonal:
+            return left * self.values[0]
         total = left.new_zeros(left.shape[0], self.pattern.columns)
         for values, runs in zip(self.values, self.pattern.runs, strict=True):
             for run in runs:
@@ -168,20 +170,21 @@ class SparseJacobian:
         """[N, V, U]."""
         n, columns = self.values[0].shape
         dense = self.values[0].new_zeros(n, self.pattern.rows, columns)
-        everywhere = torch.arange(columns, device=dense.device)
-        for values, row_of, present in zip(self.values, self.pattern.gather_rows, self.pattern.present, strict=True):
-            dense[:, row_of[present], everywhere[present]] += values[:, present]
+        for values, run in self._runs():
+            here = dense[:, run.row : run.row + run.length, run.column : run.column + run.length]
+            here.diagonal(dim1=1, dim2=2).add_(values)
         return dense
 
+    def add_left_product(self, left: Tensor, out: Tensor) -> None:
+        """``out += left @ J`` for ``left`` [N, A, V] and ``out`` [N, A, U]."""
+        for values, run in self._runs():
+            here = out[:, :, run.column : run.column + run.length]
+            here.addcmul_(left[:, :, run.row : run.row + run.length], values[:, None])
 
-def times_sparse(left: Tensor, right: SparseJacobian) -> Tensor:
-    """``left @ J`` for a dense ``left`` [N, A, V] and J [N, V, U]: [N, A, U]."""
-    total = None
-    for values, row_of, present in zip(right.values, right.pattern.gather_rows, right.pattern.present, strict=True):
-        part = left[:, :, row_of] * (values * present)[:, None]
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+    def _runs(self) -> Iterator[tuple[Tensor, Run]]:
+        for values, runs in zip(self.values, self.pattern.runs, strict=True):
+            for run in runs:
+                yield values[:, run.column : run.column + run.length], run
 
 
 def colour_rows(patterns: Sequence[Tensor]) -> Tensor | None:

@@ -12,7 +12,6 @@ from torch.func import functional_call
 from rtrl_moe_pl.linearization.sparse import (
     Pattern,
     SparseJacobian,
-    times_sparse,
 )
 from rtrl_moe_pl.linearization.taps import Tap, TapRecorder
 
@@ -193,7 +192,8 @@ class StepLinearizer:
             raise PlanMismatch("a parameter is used outside its taps")
         for i, truth in enumerate(found[: len(run.sources)]):
             flat = [probe.flatten(1) for probe in probes]
-            total = torch.stack([j[i].times_left(p) for p, j in zip(flat, direct, strict=True)]).sum(0)
+            parts = [j[i].times_left(p) for p, j in zip(flat, direct, strict=True)]
+            total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
             _require_close(total, torch.zeros(()) if truth is None else truth.flatten(1))
 
     def _compose(self, run: Evaluation, direct: list[list[SparseJacobian]]) -> StepDerivatives:
@@ -209,29 +209,30 @@ class StepLinearizer:
                 continue
             weight = self._weight(tap)  # [U, V]
             sink = run.sink_of(tap)
-            if sink < 0:
+            before = [] if sink < 0 else direct[sink]
+            # where the input is the old state itself, or holds it unchanged, its part of the weight leads to the state
+            to_state = weight if sink < 0 else None
+            if before and not before[0].pattern.is_empty and _constant(before[0]):
+                selection = SparseJacobian(before[0].pattern, [v[:1] for v in before[0].values])
+                to_state = weight @ selection.to_dense()[0]
+            if to_state is not None:
                 if isinstance(total, SparseJacobian):
-                    sparse.append((total, weight))
+                    sparse.append((total, to_state))
                 else:
-                    dense = _add(dense, total @ weight)
+                    dense = total @ to_state if dense is None else dense.add_(total @ to_state)
+            rest = [j for j, part in enumerate(before) if not part.pattern.is_empty and (j or to_state is None)]
+            if not rest:
                 continue
-            product: Tensor | None = None
-            for j, jacobian in enumerate(direct[sink]):
-                if jacobian.pattern.is_empty:
-                    continue
-                if j == 0 and isinstance(total, SparseJacobian) and _constant(jacobian):
-                    first = SparseJacobian(jacobian.pattern, [v[:1] for v in jacobian.values])
-                    sparse.append((total, weight @ first.to_dense()[0]))
-                    continue
-                if product is None:
-                    left = total.to_dense() if isinstance(total, SparseJacobian) else total
-                    product = left @ weight  # [N, S, V]
-                part = times_sparse(product, jacobian)
+            product = _times(total, weight)  # [N, S, V]
+            for j in rest:
                 if j == 0:
-                    dense = _add(dense, part)
+                    dense = run.output.new_zeros(len(product), *run.output.shape[1:] * 2) if dense is None else dense
+                    before[0].add_left_product(product, dense)
                 else:
-                    before = totals[j]
-                    totals[j] = (before.to_dense() if isinstance(before, SparseJacobian) else before) + part
+                    whole = totals[j]
+                    whole = whole.to_dense() if isinstance(whole, SparseJacobian) else whole
+                    before[j].add_left_product(product, whole)
+                    totals[j] = whole
         return StepDerivatives(sparse, dense, list(zip(run.taps, totals[1:], strict=True)))
 
     def _weight(self, tap: Tap) -> Tensor:
@@ -256,8 +257,12 @@ def patterns_indicator(patterns: Sequence[Pattern], colour: int) -> Tensor:
     return indicator
 
 
-def _add(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total + part
+def _times(total: Jacobian, weight: Tensor) -> Tensor:
+    """``total @ weight``, [N, S, V]."""
+    if isinstance(total, Tensor):
+        return total @ weight
+    values, rows = total.by_row(weight)
+    return torch.bmm(values, rows).transpose(0, 1)
 
 
 def _constant(jacobian: SparseJacobian) -> bool:
