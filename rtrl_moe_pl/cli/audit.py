@@ -79,7 +79,7 @@ def print_norms(report: AuditReport, window: int, steps: int) -> None:
     """State and influence norms after every window, thinned to about ten."""
     stride = -(-len(report.state_norms) // 10)
     print("after step  state norm  influence norm")
-    for index in range(stride - 1, len(report.state_norms), stride):
+    for index in reversed(range(len(report.state_norms) - 1, -1, -stride)):
         step = min((index + 1) * window, steps)
         print(f"{step:10d}  {report.state_norms[index]:10.3g}  {report.influence_norms[index]:14.4g}")
 

@@ -24,6 +24,14 @@ from rtrl_moe_pl.modules.base import refuse_float16
 from rtrl_moe_pl.training.callbacks import LastCheckpoint, PredictionWriter
 from rtrl_moe_pl.training.checkpoints import newest_readable, require_readable, require_writable
 
+# Lightning's, about what is meant here: data made on the device, one folder per run, figures every few batches.
+IGNORED_WARNINGS = (
+    "does not have many workers",
+    "The dirpath has changed from",
+    "is smaller than the logging interval",
+    "LeafSpec",
+    "LightningCLI's args parameter",
+)
 WITH_CHECKPOINT = ("fit", "validate", "test", "predict")
 
 
@@ -121,14 +129,15 @@ class CommandLine(LightningCLI):
 
 def count_processes(trainer: Any) -> int:
     """How many processes the trainer options ask for: devices times num_nodes."""
-    devices = trainer.devices
-    if isinstance(devices, list):
-        count = len(devices)
-    elif str(devices) in ("auto", "-1"):
+    devices = str(trainer.devices)
+    if devices in ("auto", "-1"):
         count = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 1
+    elif isinstance(trainer.devices, list) or "," in devices:
+        count = len([device for device in devices.strip("[]").split(",") if device.strip()])
+    elif devices.isdigit():
+        count = int(devices)
     else:
-        parts = [part for part in str(devices).split(",") if part]
-        count = len(parts) if "," in str(devices) else int(devices) if str(devices).isdigit() else 1
+        raise ValueError(f"trainer.devices: needs a number, a list of indices, or auto, got {devices}")
     return count * trainer.num_nodes
 
 
@@ -142,8 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments or os.environ.get("RTRL_MOE_PL_DEBUG") == "1"
     arguments = [argument for argument in arguments if argument != "--debug"]
-    # Raised inside Lightning; data are made on the device, so there are no workers to have more of.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*LeafSpec.*|.*LightningCLI's args.*")
+    for ignored in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{ignored}")
     try:
         return CommandLine(arguments).status
     except SystemExit as stop:  # --help, --print_config

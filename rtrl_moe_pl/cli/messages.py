@@ -6,17 +6,20 @@ import inspect
 import re
 from importlib import import_module
 
+_TREE = re.compile(r'Parser key "|Does not validate against any of|is not accepted|unrecognized arg|not accept option')
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':|.*Got value: Namespace\(class_path='([^']+)'")
 _NOISE = re.compile(
-    r"Does not validate against any of|Subtypes: |Errors:|Given value type: |Expected a <class 'NoneType'>|$"
+    r"Does not validate against any of|Subtypes: |Errors:|Given value type: |Expected a <class 'NoneType'>|"
+    r"Problem with given class_path|$"
 )
 _GIVEN = re.compile(r"Given value: (?:NestedArg\(key='[^']*', val='?(.*?)'?\)$|(.*))")
 _UNKNOWN = re.compile(
-    r"(?:Option '([^']+)' is not accepted|unrecognized arguments: -*([\w.]+)|not accept option '([^']+)')"
+    r"Option '([^']+)' is not accepted|unrecognized arguments: -*([\w.]+)|not accept option '([^']+)'"
 )
 _EXPECTED = re.compile(r"Expected an? (?:<class '([^']+)'>|typing\.(\S.*?))(?:\. Got value: (.*))?$")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (.*)")
+_NO_YAML = re.compile(r"(?:Problems parsing config: |Unexpected config: *)(.*)", re.DOTALL)
 
 
 def one_line(error: BaseException) -> str:
@@ -28,6 +31,12 @@ def one_line(error: BaseException) -> str:
     text = str(error).strip()
     if not text:
         return type(error).__name__
+    if found := _NO_YAML.match(text):
+        return (
+            f"--config: the file is not a YAML mapping of keys to values: {' '.join(found[1].split()) or 'it is empty'}"
+        )
+    if not _TREE.search(text):
+        return " ".join(text.split())
     keys: list[str] = []
     owner = given = None
     causes: list[str] = []
@@ -43,7 +52,7 @@ def one_line(error: BaseException) -> str:
         if found := _GIVEN.match(line):
             given = found[1] or found[2]
             break
-        if not (_NOISE.match(line) or line.startswith("Problem with given class_path")):
+        if not _NOISE.match(line):
             causes.append(line)
     return _sentence(".".join(keys), causes, owner, given) or " ".join(text.split())
 

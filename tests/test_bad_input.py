@@ -1,0 +1,179 @@
+"""Bad input: one error line that names the key, a non-zero status, and nothing written over."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rtrl_moe_pl.cells import GRU
+from rtrl_moe_pl.cli import main
+from tests.test_cli import CONFIG
+
+
+class NormalisedGRU(GRU):
+    """With batch normalisation, which couples the lanes."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__(input_size, hidden_size)
+        self.norm = nn.BatchNorm1d(hidden_size)
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        return self.norm(super().forward(x, s))
+
+
+class WideGRU(GRU):
+    """Returns states that are one unit too wide."""
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        return nn.functional.pad(super().forward(x, s), (0, 1))
+
+
+CELL, DATA = "--model.cell", "--data"
+# name, arguments after `fit --config config.yaml`, what the one line must say
+CASES = [
+    ("unknown key", ["--trainer.maximum_steps", "3"], ["unknown key trainer.maximum_steps"]),
+    ("unknown model key", ["--model.learning_rate", "3"], ["unknown key model.learning_rate", "optimizer"]),
+    ("unknown cell key", [f"{CELL}.width", "3"], ["unknown key model.cell.width", "hidden_size"]),
+    ("unknown data key", [f"{DATA}.lanes", "3"], ["unknown key data.lanes", "batch_size"]),
+    ("unknown class", ["--model.gradient", "RTLR"], ["model.gradient", "no class RTLR"]),
+    ("wrong type", [f"{DATA}.batch_size", "many"], ["data.batch_size", "needs int", "many"]),
+    ("wrong nested type", [f"{CELL}.hidden_size", "1.5"], ["model.cell.hidden_size", "needs int", "1.5"]),
+    ("wrong optional type", ["--model.gradient_clip", "big"], ["model.gradient_clip", "needs float", "big"]),
+    ("wrong choice", [f"{DATA}.layout", "packed"], ["data.layout", "'stream', 'sequences'", "packed"]),
+    ("missing config", ["--config", "gone.yaml"], ["config", "gone.yaml"]),
+    ("window 0", ["--model.gradient.window", "0"], ["window", "at least 1", "got 0"]),
+    ("negative window", ["--model.gradient.window", "-2"], ["window", "at least 1", "got -2"]),
+    (
+        "TBPTT window 0",
+        ["--model.gradient", '{"class_path": "TBPTT", "init_args": {"window": 0}}'],
+        ["window", "got 0"],
+    ),
+    ("BPTT on a stream", ["--model.gradient", "BPTT"], ["BPTT()", "data.layout", "'stream'", "'sequences'"]),
+    ("BatchNorm", [CELL, "tests.test_bad_input.NormalisedGRU", f"{CELL}.hidden_size", "5"], ["BatchNorm1d", "lanes"]),
+    (
+        "cell output",
+        [CELL, "tests.test_bad_input.WideGRU", f"{CELL}.hidden_size", "5"],
+        ["WideGRU", "6)", "5)", "[batch, state_size]"],
+    ),
+    ("gradient_clip_val", ["--trainer.gradient_clip_val", "1"], ["trainer.gradient_clip_val=1", "model.gradient_clip"]),
+    (
+        "accumulation",
+        ["--trainer.accumulate_grad_batches", "2"],
+        ["trainer.accumulate_grad_batches=2", "model.update_every"],
+    ),
+    ("float16", ["--trainer.precision", "16-mixed"], ["trainer.precision=16-mixed", "bf16-mixed"]),
+    ("gradient_clip 0", ["--model.gradient_clip", "0"], ["gradient_clip must be positive", "got 0"]),
+    ("update_every 0", ["--model.update_every", "0"], ["update_every must be at least 1", "got 0"]),
+    ("influence too large", [f"{CELL}.hidden_size", "5000"], ["RTRL(window=4)", "influence matrix", "free", "TBPTT"]),
+    ("empty task", [f"{DATA}.n_max", "1"], ["n_max", "at least 2", "got 1"]),
+    ("no lanes", [f"{DATA}.batch_size", "0"], ["batch_size", "at least 1", "got 0"]),
+    ("hidden_size 0", [f"{CELL}.hidden_size", "0"], ["hidden_size", "at least 1", "got 0"]),
+    ("no checkpoint", ["--ckpt_path", "gone.ckpt"], ["--ckpt_path", "no file gone.ckpt"]),
+    ("no last checkpoint", ["--ckpt_path", "last"], ["--ckpt_path last", "no complete checkpoint"]),
+    ("folder", ["--trainer.default_root_dir", "config.yaml/runs"], ["trainer.default_root_dir", "config.yaml/runs"]),
+    ("device", ["--trainer.devices", "many"], ["trainer.devices", "many"]),
+]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]) -> None:
+    capsys.readouterr()
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1, captured.err
+    assert errors[0].startswith("error: ")
+    assert "Traceback" not in captured.err + captured.out
+    for part in parts:
+        assert part in errors[0]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RTRL_MOE_PL_DEBUG", raising=False)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("arguments", "parts"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_refused(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]) -> None:
+    kept = here / "lightning_logs/version_0/checkpoints/kept.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("an earlier run")
+    refused(capsys, ["fit", "--config", "config.yaml", *arguments], parts)
+    found = contents(here)
+    assert found["config.yaml"].decode() == CONFIG
+    assert found["lightning_logs/version_0/checkpoints/kept.txt"] == b"an earlier run"
+    assert not [name for name in found if name.endswith(".ckpt")]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (CONFIG + "  nonsense: 1\n", ["unknown key trainer.nonsense"]),
+        (CONFIG + "nonsense: 1\n", ["unknown key nonsense"]),
+        (CONFIG.replace("{window: 4}", "{window: four}"), ["model.gradient.window", "needs int", "four"]),
+        (CONFIG.replace("{window: 4}", "{windows: 4}"), ["unknown key model.gradient.windows", "window"]),
+        (CONFIG.replace("max_steps: 10", "max_steps: ten"), ["trainer.max_steps", "needs int", "ten"]),
+        (CONFIG.replace("    gradient:", "    gradients:"), ["unknown key model.gradients", "gradient"]),
+        ("model: [", ["--config", "not a YAML mapping", "line"]),
+        ("", ["--config", "mapping", "empty"]),
+    ],
+)
+def test_bad_configuration_files(here: Path, capsys: pytest.CaptureFixture[str], text: str, parts: list[str]) -> None:
+    (here / "config.yaml").write_text(text)
+    refused(capsys, ["fit", "--config", "config.yaml"], parts)
+    assert contents(here) == {"config.yaml": text.encode()}
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def no_checkpoint(path: Path) -> None:
+    path.write_bytes(b"state_dict" * 1000)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize("damage", [truncated, emptied, no_checkpoint])
+def test_damaged_checkpoints(here: Path, capsys: pytest.CaptureFixture[str], damage, command: str) -> None:
+    arguments = ["--config", "config.yaml"]
+    assert main(["fit", *arguments]) == 0
+    last = here / "lightning_logs/version_0/checkpoints/last.ckpt"
+    damage(last)
+    before = contents(here)
+    refused(
+        capsys, [command, *arguments, "--ckpt_path", str(last)], ["--ckpt_path", "last.ckpt", "truncated or corrupt"]
+    )
+    assert contents(here) == before
+    os.utime(last, (2e9, 2e9))  # the newest, and still passed over
+    assert main(["validate", *arguments, "--ckpt_path", "last"]) == 0
+    assert "best-step" in capsys.readouterr().out
+
+
+def test_checkpoint_of_another_architecture(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", "config.yaml"]
+    assert main(["fit", *arguments]) == 0
+    before = contents(here / "lightning_logs/version_0")
+    for command in ("fit", "validate", "predict"):
+        other = [command, *arguments, "--ckpt_path", "last", "--model.cell.hidden_size", "6"]
+        refused(capsys, other, ["another architecture", "cell.input.bias is [15] there and [18] here"])
+    assert contents(here / "lightning_logs/version_0") == before
+
+
+def test_numerical_failure(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", "--config", "config.yaml", "--model.optimizer.lr", "1e30", "--model.gradient_clip", "null"]
+    refused(capsys, arguments, ["training stopped at step", "try a smaller learning rate"])
+    for path in here.rglob("*.ckpt"):
+        values = torch.load(path, weights_only=True)["state_dict"].values()
+        assert all(torch.isfinite(value).all() for value in values)
