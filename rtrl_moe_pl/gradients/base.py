@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from rtrl_moe_pl.gradients.memory import Forecast, Memory
+from rtrl_moe_pl.gradients.memory import Forecast, Memory, recurrent_parameters
 from rtrl_moe_pl.gradients.windows import LossFunction, Targets, slice_time
+from rtrl_moe_pl.sensitivities import ZeroSensitivity
 
 
 @dataclass
@@ -47,8 +48,6 @@ class GradientAlgorithm(ABC):
     carries_influence: ClassVar[bool] = False
 
     def __init__(self, window: int | None = None) -> None:
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-            raise ValueError(f"window must be a whole number of steps, at least 1; got {window!r}")
         self.window = window
 
     def __repr__(self) -> str:
@@ -69,9 +68,10 @@ class GradientAlgorithm(ABC):
             device, dtype: of the state; by default those of the initial state.
 
         Raises:
-            ValueError: if the initial state has the wrong shape, or the cell cannot be trained by this algorithm.
+            ValueError: if the cell is none, its initial state has the wrong shape, or this algorithm cannot train it.
             MemoryForecastError: if the influence matrix does not fit in the free memory.
         """
+        require_cell(cell)
         with torch.no_grad():
             state = cell.initial_state(batch_size)  # type: ignore[operator]
         expected = (batch_size, int(cell.state_size))  # type: ignore[arg-type]
@@ -122,24 +122,18 @@ class GradientAlgorithm(ABC):
         starts: Tensor | None = None,
     ) -> WindowResult:
         """``step`` over all windows of ``inputs`` [B, T, ..]; losses and gradients are summed, outputs joined."""
+        require_data(inputs, targets, starts)
         steps = inputs.shape[1]
-        if steps == 0:
-            raise ValueError("inputs have no time steps: give [batch, time, ..] with at least one")
         length = self.window or steps
         results: list[WindowResult] = []
-        for begin in range(0, steps, length):
-            end = min(begin + length, steps)
-            result = self.step(
-                cell,
-                readout,
-                inputs[:, begin:end],
-                slice_time(targets, begin, end),
-                loss_fn,
-                memory,
-                None if starts is None else starts[:, begin:end],
-            )
-            memory = result.memory
-            results.append(result)
+        with torch.autocast(inputs.device.type, enabled=False):
+            for begin in range(0, steps, length):
+                end = min(begin + length, steps)
+                part = None if starts is None else starts[:, begin:end]
+                cut = slice_time(targets, begin, end)
+                result = self.step(cell, readout, inputs[:, begin:end], cut, loss_fn, memory, part)
+                memory = result.memory
+                results.append(result)
         if len(results) == 1:
             return results[0]
         return WindowResult(
@@ -150,24 +144,67 @@ class GradientAlgorithm(ABC):
         )
 
 
+def checked_window(window: int) -> int:
+    """The window, or ValueError for anything but a whole number of steps."""
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window must be a whole number of steps, at least 1; got {window!r}")
+    return window
+
+
+def require_cell(cell: nn.Module) -> None:
+    """Raise ValueError if a module is no cell."""
+    missing = [name for name in ("state_size", "initial_state") if not hasattr(cell, name)]
+    if missing:
+        raise ValueError(
+            f"{type(cell).__name__} is no cell: it has no {' and no '.join(missing)}; a cell has state_size, "
+            "initial_state(batch_size) and forward(x, state) (torch.nn cells: rtrl_moe_pl.cells.TorchCell)"
+        )
+    for name, parameter in cell.named_parameters():
+        if parameter.is_complex():
+            raise ValueError(
+                f"the cell's {name} is complex: keep it as a real parameter [.., 2] and use torch.view_as_complex"
+            )
+
+
+def require_data(inputs: Tensor, targets: Targets, starts: Tensor | None) -> None:
+    """Raise ValueError or TypeError if inputs, targets and starts are not of the same lanes and steps."""
+    if inputs.ndim < 2 or inputs.shape[1] == 0:
+        raise ValueError(f"inputs must be [batch, time, ..] with at least one step, got shape {tuple(inputs.shape)}")
+    expected = tuple(inputs.shape[:2])
+    for target in targets if isinstance(targets, tuple) else (targets,):
+        if not isinstance(target, Tensor):
+            raise TypeError(
+                f"targets must be a tensor [batch, time, ..] or a tuple of them, got {type(target).__name__}"
+            )
+        if tuple(target.shape[:2]) != expected:
+            raise ValueError(f"targets have shape {tuple(target.shape)}, inputs are of {expected} [batch, time]")
+    if starts is not None and (tuple(starts.shape) != expected or starts.dtype != torch.bool):
+        raise ValueError(
+            f"starts must be a bool tensor of shape {expected} [batch, time], "
+            f"got {starts.dtype} of shape {tuple(starts.shape)}"
+        )
+
+
 def named_parameters(cell: nn.Module, readout: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters by public name; one shared by cell and readout appears once, under its cell name."""
-    return dict(nn.ModuleDict({"cell": cell, "readout": readout}).named_parameters())
+    found = recurrent_parameters(cell)
+    known = {id(p) for p in found.values()}
+    return found | {f"readout.{name}": p for name, p in readout.named_parameters() if id(p) not in known}
 
 
-def with_fresh_start(memory: Memory, inputs: Tensor, starts: Tensor | None) -> Tensor | None:
-    """The window's starts, checked, with a start at step 0 for a fresh memory."""
+def with_fresh_start(
+    algorithm: GradientAlgorithm, memory: Memory, inputs: Tensor, targets: Targets, starts: Tensor | None
+) -> Tensor | None:
+    """The window's starts, everything checked, with a start at step 0 for a fresh memory."""
+    require_data(inputs, targets, starts)
     batch, steps = inputs.shape[:2]
     if batch != memory.batch_size:
         raise ValueError(
             f"got {batch} lanes, but the carried state and influence are of {memory.batch_size}: "
             "the batch size must stay the same while a memory is carried (drop a smaller last batch)"
         )
-    if starts is not None and (starts.shape != (batch, steps) or starts.dtype != torch.bool):
-        raise ValueError(
-            f"starts must be a bool tensor of shape {(batch, steps)} [batch, time], "
-            f"got {starts.dtype} of shape {tuple(starts.shape)}"
-        )
+    if algorithm.carries_influence == isinstance(memory.sensitivity, ZeroSensitivity):
+        raise ValueError(f"this memory was made by another algorithm: use {algorithm}.init")
     if not memory.fresh:
         return starts
     starts = torch.zeros(batch, steps, dtype=torch.bool, device=inputs.device) if starts is None else starts.clone()

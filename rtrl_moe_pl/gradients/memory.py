@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,10 @@ class Memory:
     @property
     def batch_size(self) -> int:
         return self.state.shape[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        """A copy for another copy of the cell: how that one is differentiated is found anew."""
+        return Memory(self.state.clone(), copy.deepcopy(self.sensitivity, memo), self.fresh)
 
     def reset(self) -> None:
         """Forget everything, keeping what is allocated: the next step is a start."""

@@ -9,6 +9,7 @@ from rtrl_moe_pl.gradients.base import (
     GradientAlgorithm,
     WindowResult,
     autograd_gradients,
+    checked_window,
     named_parameters,
     with_fresh_start,
 )
@@ -22,7 +23,7 @@ class _ReverseMode(GradientAlgorithm):
 
     def _init(self, cell: nn.Module, state: Tensor) -> Memory:
         shapes = {name: p.shape for name, p in recurrent_parameters(cell).items() if p.requires_grad}
-        return Memory(state, ZeroSensitivity(shapes, *state.shape, state.dtype, state.device))
+        return Memory(state, ZeroSensitivity(shapes, state.shape[0], state.shape[1], state.dtype, state.device))
 
     def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
         steps = min(self.window or steps, steps)
@@ -42,7 +43,7 @@ class _ReverseMode(GradientAlgorithm):
         memory: Memory,
         starts: Tensor | None = None,
     ) -> WindowResult:
-        starts = with_fresh_start(memory, inputs, starts)
+        starts = with_fresh_start(self, memory, inputs, targets, starts)
         starting = starting_steps(starts, inputs.shape[1])
         initial = cell.initial_state(memory.batch_size) if any(starting) else None  # type: ignore[operator]
         _, returned = unroll(cell, inputs.unbind(1), memory.state, initial, starts, starting)
@@ -82,4 +83,4 @@ class TBPTT(_ReverseMode):
     exact = False
 
     def __init__(self, window: int) -> None:
-        super().__init__(window)
+        super().__init__(checked_window(window))

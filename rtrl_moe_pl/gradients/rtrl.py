@@ -9,6 +9,7 @@ from rtrl_moe_pl.gradients.base import (
     GradientAlgorithm,
     WindowResult,
     autograd_gradients,
+    checked_window,
     named_parameters,
     with_fresh_start,
 )
@@ -51,7 +52,7 @@ class RTRL(GradientAlgorithm):
     carries_influence = True
 
     def __init__(self, window: int) -> None:
-        super().__init__(window)
+        super().__init__(checked_window(window))
 
     def _init(self, cell: nn.Module, state: Tensor) -> Memory:
         refuse_batch_norm(cell)
@@ -63,7 +64,7 @@ class RTRL(GradientAlgorithm):
 
     @staticmethod
     def _sensitivity(shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
-        return DenseSensitivity(shapes, *state.shape, state.dtype, state.device)
+        return DenseSensitivity(shapes, state.shape[0], state.shape[1], state.dtype, state.device)
 
     def _require_room(self, cell: nn.Module, state: Tensor) -> None:
         batch, size = state.shape
@@ -96,19 +97,25 @@ class RTRL(GradientAlgorithm):
         memory: Memory,
         starts: Tensor | None = None,
     ) -> WindowResult:
-        starts = with_fresh_start(memory, inputs, starts)
+        starts = with_fresh_start(self, memory, inputs, targets, starts)
         starting = starting_steps(starts, inputs.shape[1])
         linearizer = memory.linearizer
         if linearizer is None:
             linearizer = memory.linearizer = Linearizer(cell, recurrent_parameters(cell))
+        linearizer.require_same_cell(cell, recurrent_parameters(cell))
         initial: Tensor | None = None
         if any(starting):
             with torch.enable_grad():
                 initial = cell.initial_state(memory.batch_size)  # type: ignore[operator]
         window = _Window(cell, inputs, memory.state.clone(), initial, starts, starting)
 
+        given, returned = [], []
         if not linearizer.needs_graph():
+            effects = _side_effects(cell, inputs.device)
             given, returned = window.unroll()
+            if any(not torch.equal(a, b) for a, b in zip(effects, _side_effects(cell, inputs.device), strict=True)):
+                linearizer.fall_back("it draws random numbers or changes its buffers")
+        if not linearizer.needs_graph():
             outputs, loss, grads, cotangents = _read(cell, readout, torch.stack(returned), inputs, targets, loss_fn)
             length = longest_segment(window.start.shape[1])
             for begin in range(0, len(given), length):
@@ -177,6 +184,13 @@ class _Window:
                 "random from its first window on (use train() before training starts)"
             )
         return linearizer.linearize_graph(leaf, again, cotangents)
+
+
+def _side_effects(cell: nn.Module, device: torch.device) -> list[Tensor]:
+    """What changes if a cell is random or keeps something beside its state: it cannot be run twice."""
+    versions = torch.tensor([b._version for b in cell.buffers()])
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return [versions, state]
 
 
 def _read(

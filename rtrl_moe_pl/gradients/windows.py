@@ -45,14 +45,25 @@ def unroll(
             assert initial is not None
             state = torch.where(starts[:, t, None], initial, state)
         given.append(state)
+        version = _version(state)
         state = cell(x, state)
-        if not returned and state.shape != given[0].shape:
+        if not isinstance(state, Tensor) or state.shape != given[0].shape:
+            got = f"shape {tuple(state.shape)}" if isinstance(state, Tensor) else f"a {type(state).__name__}"
             raise ValueError(
-                f"{type(cell).__name__}.forward returned a state of shape {tuple(state.shape)}, "
-                f"but it was given one of shape {tuple(given[0].shape)}: a cell must return [batch, state_size]"
+                f"{type(cell).__name__}.forward returned {got}, but it was given a state of shape "
+                f"{tuple(given[0].shape)}: a cell must return one tensor [batch, state_size]"
+            )
+        if _version(given[-1]) != version:
+            raise ValueError(
+                f"{type(cell).__name__}.forward changes the state it is given in place: return a new tensor"
             )
         returned.append(state)
     return given, returned
+
+
+def _version(value: Tensor) -> int:
+    """How often a tensor was changed in place; tensors of inference mode do not count."""
+    return 0 if value.is_inference() else value._version
 
 
 def read_out(readout: nn.Module, states: Tensor, inputs: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization.sparse import SparseJacobian
@@ -72,3 +73,27 @@ class ScaledCotangents:
 
     def from_loss(self) -> Tensor:
         return self.jacobian.times_left(self.loss.flatten(0, 1)).unflatten(0, self.loss.shape[:2])
+
+
+@dataclass
+class ProbeCotangents:
+    """A cotangent of every state alone, without those of the end state: for checks of gradients."""
+
+    loss: Tensor  # [k, B, S]
+    jacobian: SparseJacobian | Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.from_loss().shape  # type: ignore[return-value]
+
+    def part(self, lane: int, lanes: int, row: int, rows: int) -> Tensor:
+        steps = self.loss.shape[0]
+        return self.loss.new_zeros(steps, lanes, rows, 0)
+
+    def from_loss(self) -> Tensor:
+        flat = self.loss.flatten(0, 1)
+        if isinstance(self.jacobian, SparseJacobian):
+            out = self.jacobian.times_left(flat)
+        else:
+            out = torch.bmm(flat[:, None], self.jacobian)[:, 0]
+        return out.unflatten(0, self.loss.shape[:2])

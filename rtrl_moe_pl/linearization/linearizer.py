@@ -7,11 +7,13 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rtrl_moe_pl.linearization.chain import sweep
-from rtrl_moe_pl.linearization.planner import make_plan
+from rtrl_moe_pl.linearization.chain import jacobian_key, sweep
+from rtrl_moe_pl.linearization.cotangents import ProbeCotangents
+from rtrl_moe_pl.linearization.planner import make_plan, without_taps
 from rtrl_moe_pl.linearization.slow import functional_terms, initial_terms, whole_window
-from rtrl_moe_pl.linearization.step import Plan, PlanMismatch, StepLinearizer
+from rtrl_moe_pl.linearization.step import Plan, PlanMismatch, StepLinearizer, require_close
 from rtrl_moe_pl.linearization.terms import tap_terms
 from rtrl_moe_pl.linearization.window import Block, Term, WindowLinearization, separate
 from rtrl_moe_pl.linearization.workspace import Workspace
@@ -49,7 +51,10 @@ class Linearizer:
         self._step = StepLinearizer(cell, {id(p): n for n, p in known.items()}, known)
         self._workspace = Workspace()
         self._plan: Plan | None = None
-        self._window_path = ""  # the reason, once the slowest path was chosen
+        self._identities = _identities(parameters)
+        self._window_path = ""  # the reason, once the slowest path was chosen for good
+        self._failures = 0
+        self._succeeded = False
         self._initial_names: set[str] = set()
 
     @property
@@ -107,39 +112,92 @@ class Linearizer:
             None if this cell needs the window's own graph: run it again with one, from the same start, and call
             ``linearize_graph``.
         """
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels' derivatives cannot be batched
+                result = self._linearize(inputs, given, returned, loss_cotangents, initial, starts, starting)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as reason:  # whatever a cell raises for rows that it did not expect: the slow path is exact
+            self._failures += 1
+            self.fall_back(str(reason) or type(reason).__name__, for_good=not self._succeeded or self._failures >= 3)
+            return None
+        self._succeeded = True
+        return result
+
+    def _linearize(
+        self,
+        inputs: Tensor,
+        given: Tensor,
+        returned: Tensor,
+        loss_cotangents: Tensor,
+        initial: Tensor | None,
+        starts: Tensor | None,
+        starting: list[bool],
+    ) -> WindowLinearization:
         steps, batch, size = given.shape
         x, s = inputs.flatten(0, 1), given.flatten(0, 1)
+        if self._plan is None:
+            self._plan = self._new_plan(x, s)
         try:
-            if self._plan is None:
-                self._plan = make_plan(self._step, x, s)
-            try:
-                outputs, derivatives = self._step.derivatives(self._plan, x, s)
-            except PlanMismatch:
-                self._plan = make_plan(self._step, x, s)
-                outputs, derivatives = self._step.derivatives(self._plan, x, s)
-            _require_same_states(outputs.view(steps, batch, size), returned)
-        except (PlanMismatch, RuntimeError, ValueError, IndexError, NotImplementedError) as reason:
-            self._fall_back(reason)
-            return None
+            outputs, derivatives = self._step.derivatives(self._plan, x, s)
+        except PlanMismatch:
+            self._plan = self._new_plan(x, s)
+            outputs, derivatives = self._step.derivatives(self._plan, x, s)
+        _require_same_states(outputs.view(steps, batch, size), returned)
 
+        untapped = {name: self.trainable[name] for name in sorted(self._plan.untapped)}
+        terms: dict[Block, list[Term]] = defaultdict(list)
         with torch.no_grad():
-            keep = bool(self._plan.untapped)
-            swept = sweep(derivatives, loss_cotangents, starts, starting, keep, self._workspace)
-            terms: dict[Block, list[Term]] = defaultdict(list)
+            swept = sweep(derivatives, loss_cotangents, starts, starting, bool(untapped), self._workspace)
             for block, found in tap_terms(derivatives.taps, swept.taps, self.trainable).items():
                 terms[block] += found
-        if swept.states is not None and self._plan.untapped:
-            untapped = {name: self.trainable[name] for name in sorted(self._plan.untapped)}
-            for block, dense in functional_terms(
-                self.cell, untapped, inputs, given, swept.states, swept.losses
-            ).items():
-                terms[block] += dense
+        if swept.states is not None and untapped:
+            dense = functional_terms(self.cell, untapped, inputs, given, swept.states, swept.losses, returned)
+            for block, functional in dense.items():
+                terms[block] += functional
         if swept.initial is not None and swept.initial_loss is not None and initial is not None:
             at_starts = swept.initial, swept.initial_loss
-            for block, dense in initial_terms(initial, self.trainable, *at_starts).items():
-                terms[block] += dense
+            for block, learned in initial_terms(initial, self.trainable, *at_starts).items():
+                terms[block] += learned
                 self._initial_names |= {member.name for member in block.members}
         return separate(WindowLinearization(swept.transition, swept.cotangent, dict(terms), self.shapes))
+
+    def _new_plan(self, x: Tensor, state: Tensor) -> Plan:
+        """A plan whose parameter gradients equal autograd's for a random cotangent of every row."""
+        plan = make_plan(self._step, x, state)
+        wrong = self._wrong_taps(plan, x, state)
+        if wrong:
+            plan = without_taps(self._step, plan, wrong, x, state)
+            if self._wrong_taps(plan, x, state):
+                raise PlanMismatch(f"the gradient of {min(wrong)} through its taps is not autograd's")
+        return plan
+
+    def _wrong_taps(self, plan: Plan, x: Tensor, state: Tensor) -> set[str]:
+        outputs, derivatives = self._step.derivatives(plan, x, state)
+        probe = self._step.probe(outputs)[None]  # every row as a lane of one step
+        with torch.no_grad():
+            cotangents = {jacobian_key(j): ProbeCotangents(probe, j) for _, j in derivatives.taps}
+            terms = tap_terms(derivatives.taps, cotangents, self.trainable)
+            blank = probe.new_zeros(0)
+            found: dict[str, Tensor] = {}
+            for block, part in terms.items():
+                for name, gradient in WindowLinearization(blank, blank, {block: part}, self.shapes).gradient().items():
+                    found[name] = found[name] + gradient if name in found else gradient
+        free = {name: p for name, p in self.trainable.items() if name not in plan.untapped}
+        if not free:
+            return set()
+        output = self.cell(x, state)
+        if not output.requires_grad:
+            return set(found)
+        truth = torch.autograd.grad(output, list(free.values()), probe[0], allow_unused=True)
+        wrong = set()
+        for (name, parameter), expected in zip(free.items(), truth, strict=True):
+            zero = torch.zeros_like(parameter)
+            try:
+                require_close(found.get(name, zero), zero if expected is None else expected)
+            except PlanMismatch:
+                wrong.add(name)
+        return wrong
 
     @torch.enable_grad()
     def linearize_graph(self, start: Tensor, returned: list[Tensor], loss_cotangents: Tensor) -> WindowLinearization:
@@ -148,14 +206,33 @@ class Linearizer:
         terms: dict[Block, list[Term]] = {block: list(found) for block, found in dense.items()}
         return WindowLinearization(transition, cotangent, terms, self.shapes)
 
-    def _fall_back(self, reason: Exception) -> None:
-        first_line = (str(reason).splitlines() or [type(reason).__name__])[0]
-        self._window_path = first_line
+    def fall_back(self, reason: str, for_good: bool = True) -> None:
+        """Take the slowest path from now on, or for one window, and say why."""
+        first_line = reason.splitlines()[0]
+        if for_good:
+            self._window_path = first_line
+        which = "each window is" if for_good else "this window is"
         warnings.warn(
             f"{type(self.cell).__name__}: the steps of a window cannot be differentiated together ({first_line}); "
-            "each window is differentiated as it ran, which is exact but slow",
+            f"{which} differentiated as it ran, which is exact but slow",
             stacklevel=2,
         )
+
+    def require_same_cell(self, cell: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        """Raise ValueError if the cell or its parameters are not those that the influence was carried for."""
+        if cell is not self.cell:
+            raise ValueError("this memory was made for another cell: call init for this one")
+        now = _identities(parameters)
+        if now != self._identities:
+            changed = sorted({name for name, *_ in now ^ self._identities})[0]
+            raise ValueError(
+                f"{changed} was replaced, frozen or unfrozen after this memory was made: its influence cannot be "
+                "carried on; call init again after changing parameters"
+            )
+
+
+def _identities(parameters: dict[str, nn.Parameter]) -> frozenset[tuple[str, int, bool]]:
+    return frozenset((name, id(p), p.requires_grad) for name, p in parameters.items())
 
 
 def refuse_batch_norm(cell: nn.Module) -> None:
@@ -169,7 +246,7 @@ def refuse_batch_norm(cell: nn.Module) -> None:
 
 
 def _require_same_states(batched: Tensor, sequential: Tensor) -> None:
-    tolerance = 1e-10 if sequential.dtype == torch.float64 else 1e-4
-    wrong = (batched - sequential).abs().max() > tolerance * (1 + sequential.abs().max())
-    if bool(wrong):  # false for NaN, which is reported where states are used
-        raise PlanMismatch("evaluated together they give other states: the cell is random, or mixes rows")
+    try:
+        require_close(batched, sequential)
+    except PlanMismatch:
+        raise PlanMismatch("evaluated together they give other states: it is random, or mixes rows") from None

@@ -19,12 +19,9 @@ def make_plan(step: StepLinearizer, x: Tensor, state: Tensor) -> Plan:
     run = step.evaluate(None, x, state, cut=True)
     outside = step.outside_taps(run, None)
     tapped = {name for tap in run.taps for name in (tap.weight, tap.bias) if name}
-    small = {n for n in outside - tapped if step.parameters[n].ndim <= 1}
-    per_row: set[str] = set()
-    for name in sorted(small):
-        if _works_per_row(step, x, state, run.output, per_row | {name}, outside - small):
-            per_row.add(name)
-    plan = _with_patterns(step, x, state, frozenset(per_row), frozenset(outside - per_row))
+    per_row = {n for n in outside - tapped if step.parameters[n].ndim <= 1 and _works_per_row(step, x, state, n)}
+    untapped = frozenset(outside - per_row)
+    plan = _with_patterns(step, x, state, frozenset(per_row), untapped)
     if plan.patterns is None and per_row:
         # a parameter normalised over its entries makes every derivative dense: keep the state's sparse instead
         other = _with_patterns(step, x, state, frozenset(), frozenset(outside))
@@ -32,25 +29,40 @@ def make_plan(step: StepLinearizer, x: Tensor, state: Tensor) -> Plan:
     return plan
 
 
-def _works_per_row(
-    step: StepLinearizer, x: Tensor, state: Tensor, truth: Tensor, per_row: set[str], untapped: set[str]
-) -> bool:
-    """Whether the cell gives the same states with one copy of these parameters for every row."""
-    plan = Plan((), frozenset(per_row), frozenset(untapped))
+def without_taps(step: StepLinearizer, plan: Plan, names: set[str], x: Tensor, state: Tensor) -> Plan:
+    """A plan that leaves some more parameters to the functional path."""
+    return _with_patterns(step, x, state, plan.per_row - names, plan.untapped | names)
+
+
+def _works_per_row(step: StepLinearizer, x: Tensor, state: Tensor, name: str) -> bool:
+    """Whether the parameter acts on each row alone: at another value, one copy a row must give the same states.
+
+    At its own value a constant parameter would hide any mixing of its entries, and a single row any mixing of rows.
+    """
+    if x.shape[0] == 1:
+        x, state = torch.cat([x, x]), torch.cat([state, state])
+    parameter = step.parameters[name].detach()
+    value = parameter + 0.05 * (parameter.abs().max() + 1) * step.probe(parameter)
+    copies = value.expand(x.shape[0], *(1,) * (1 - value.ndim), *value.shape)
     try:
-        run = step.evaluate(plan, x, state, cut=True)
-    except (RuntimeError, ValueError, IndexError):
+        truth = step.with_value(name, value, x, state)
+        found = step.with_value(name, copies, x, state)
+    except Exception:  # whatever a cell raises when its parameter has another shape: it is not element-wise
         return False
     tolerance = 1e-10 if truth.dtype == torch.float64 else 1e-4
-    same_shape = run.output.shape == truth.shape
-    return same_shape and torch.allclose(run.output, truth, rtol=tolerance, atol=tolerance)
+    return found.shape == truth.shape and torch.allclose(found, truth, rtol=tolerance, atol=tolerance)
 
 
 def _with_patterns(
     step: StepLinearizer, x: Tensor, state: Tensor, per_row: frozenset[str], untapped: frozenset[str]
 ) -> Plan:
-    plan = Plan((), per_row, untapped)
-    run = step.evaluate(plan, x, state, cut=True)
+    while True:  # hiding a weight from the taps can show a use of its bias
+        plan = Plan((), per_row, untapped)
+        run = step.evaluate(plan, x, state, cut=True)
+        more = step.outside_taps(run, plan)
+        if not more:
+            break
+        per_row, untapped = per_row - more, untapped | more
     signature = tuple(tap.signature for tap in run.taps)
     rows = torch.linspace(0, x.shape[0] - 1, PROBE_ROWS, device=x.device).round().long()
     states = state[rows]

@@ -114,7 +114,17 @@ class StepLinearizer:
             output = recorder.run(lambda a, b: functional_call(self.cell, copies, (a, b)), x, leaf)
         else:
             output = recorder.run(self.cell, x, leaf)
+        if not output.requires_grad:
+            output = output + 0.0 * leaf  # a state that depends on nothing differentiable
+        if not all(tap.is_unchanged for tap in recorder.taps):
+            raise PlanMismatch("the input of a layer is changed in place after the layer has used it")
         return Evaluation(leaf, output, recorder.taps)
+
+    def with_value(self, name: str, value: Tensor, x: Tensor, state: Tensor) -> Tensor:
+        """The new states [N, S] with another value of a parameter."""
+        local = self.local_names[id(self.parameters[name])]
+        with torch.no_grad():
+            return functional_call(self.cell, {local: value}, (x, state))
 
     def probe(self, value: Tensor, number: int = 0) -> Tensor:
         """Standard normal numbers of a tensor's shape, the same at every call; the global generators are left alone."""
@@ -145,6 +155,8 @@ class StepLinearizer:
         """Trainable parameters that a cut run still depends on: those met in no recognised form."""
         known = plan.untapped if plan else frozenset()
         free = {n: p for n, p in self.parameters.items() if n not in known and p.requires_grad}
+        if not free:
+            return set()
         probes = [self.probe(sink, i) for i, sink in enumerate(run.sinks)]
         found = torch.autograd.grad(run.sinks, list(free.values()), probes, retain_graph=True, allow_unused=True)
         return {name for name, gradient in zip(free, found, strict=True) if gradient is not None}
@@ -158,7 +170,7 @@ class StepLinearizer:
         dense = [j.flatten(2).transpose(0, 1) for j in jacobians]  # [N, S, U]
         for jacobian, expected in zip(dense, truth, strict=True):
             found = torch.bmm(probe[:, None], jacobian)[:, 0]
-            _require_close(found, expected.flatten(1))
+            require_close(found, expected.flatten(1))
         return StepDerivatives([], dense[0], list(zip(run.taps, dense[1:], strict=True)))
 
     def _compressed(self, plan: Plan, run: Evaluation) -> StepDerivatives:
@@ -194,7 +206,7 @@ class StepLinearizer:
             flat = [probe.flatten(1) for probe in probes]
             parts = [j[i].times_left(p) for p, j in zip(flat, direct, strict=True)]
             total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-            _require_close(total, torch.zeros(()) if truth is None else truth.flatten(1))
+            require_close(total, torch.zeros(()) if truth is None else truth.flatten(1))
 
     def _compose(self, run: Evaluation, direct: list[list[SparseJacobian]]) -> StepDerivatives:
         """Chain the Jacobians between taps into those of the whole step, last tap first."""
@@ -270,7 +282,9 @@ def _constant(jacobian: SparseJacobian) -> bool:
     return all(bool((values == values[:1]).all()) for values in jacobian.values)
 
 
-def _require_close(found: Tensor, expected: Tensor) -> None:
+def require_close(found: Tensor, expected: Tensor) -> None:
+    if not expected.numel():
+        return
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(expected.dtype, 5e-2)
     wrong = (found - expected).abs().max() > tolerance * expected.abs().max() + 1e-30
     if bool(wrong):  # false for NaN: numbers that are not finite are reported where they are used

@@ -29,6 +29,12 @@ class Tap:
     weight: str | None
     bias: str | None
     transposed: bool = False  # the weight is stored [columns, rows]
+    version: int = 0  # of the input when it was met
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the input still holds what the parameters met (it may have been changed in place)."""
+        return self.input is None or self.input._version == self.version
 
     @property
     def is_lookup(self) -> bool:
@@ -113,6 +119,8 @@ class TapRecorder:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function's result, through its tap where it has one."""
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
         if func is F.linear:
             return self._affine(func, args, kwargs, *_bind(("input", "weight", "bias"), args, kwargs))
         if func in _MATMULS and len(args) == 2 and not kwargs:
@@ -136,8 +144,8 @@ class TapRecorder:
     ) -> Tensor:
         if self.cut:
             output = output.detach().requires_grad_()
-        self.taps.append(Tap(output, source, weight, bias, flip))
-        return output
+        self.taps.append(Tap(output, source, weight, bias, flip, 0 if source is None else source._version))
+        return output.clone()  # the cell may change it in place
 
     def _affine(
         self,
@@ -152,7 +160,7 @@ class TapRecorder:
         output = func(*args, **kwargs)
         weight_name, bias_name = self._name(weight), self._name(bias)
         fits = weight_name is not None and weight.ndim == 2 and source.ndim >= 2 and source.shape[0] == self.rows
-        whole_bias = bias is None or (bias_name is not None and bias.ndim == 1)
+        whole_bias = bias is None or (bias_name is not None and bias.shape == output.shape[-1:])
         if fits and whole_bias and (not self.cut or source.is_floating_point()):
             return self._record(output, source, weight_name, bias_name, transposed)
         return output

@@ -71,7 +71,7 @@ def _meet(
         rows = tap.output.shape[-1]
         copies = tap.output[0].numel() // rows
         if copies > 1:  # the layer acted on several vectors a row: they count as more steps
-            whole = cotangents.part(0, batch, 0, copies * rows).view(steps, batch, copies, rows, -1)
+            whole = cotangents.part(0, batch, 0, copies * rows).clone().view(steps, batch, copies, rows, -1)
             loss = cotangents.from_loss().view(steps, batch, copies, rows)
             cotangents = StoredCotangents(
                 whole.transpose(1, 2).reshape(steps * copies, batch, rows, -1),

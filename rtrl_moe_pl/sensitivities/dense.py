@@ -94,7 +94,7 @@ class DenseSensitivity(Sensitivity):
             flat = part.flatten(1, 2)  # [lanes, columns rows, S]
             old = self._scratch[: flat.numel()].view_as(flat)
             copy_flushed(flat, old)
-            gradient += torch.bmm(old, linearization.cotangent[here, :, None]).sum(0).view_as(gradient)
+            gradient += torch.bmm(linearization.cotangent[here, None], old.transpose(1, 2)).sum(0).view_as(gradient)
             torch.bmm(old, linearization.transition[here], out=flat)
             for term in terms:
                 term.add_to(part, lane, row)
