@@ -188,7 +188,7 @@ class _Window:
 
 def _side_effects(cell: nn.Module, device: torch.device) -> list[Tensor]:
     """What changes if a cell is random or keeps something beside its state: it cannot be run twice."""
-    versions = torch.tensor([b._version for b in cell.buffers()])
+    versions = torch.tensor([b._version for b in cell.buffers() if not b.is_inference()])
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     return [versions, state]
 

@@ -141,7 +141,7 @@ class Linearizer:
         try:
             outputs, derivatives = self._step.derivatives(self._plan, x, s)
         except PlanMismatch:
-            self._plan = self._new_plan(x, s)
+            self._plan = self._new_plan(x, s, self._plan)
             outputs, derivatives = self._step.derivatives(self._plan, x, s)
         _require_same_states(outputs.view(steps, batch, size), returned)
 
@@ -162,9 +162,13 @@ class Linearizer:
                 self._initial_names |= {member.name for member in block.members}
         return separate(WindowLinearization(swept.transition, swept.cotangent, dict(terms), self.shapes))
 
-    def _new_plan(self, x: Tensor, state: Tensor) -> Plan:
+    def _new_plan(self, x: Tensor, state: Tensor, previous: Plan | None = None) -> Plan:
         """A plan whose parameter gradients equal autograd's for a random cotangent of every row."""
-        plan = make_plan(self._step, x, state)
+        plan = make_plan(self._step, x, state, previous)
+        try:
+            self._step.derivatives(plan, x, state)
+        except PlanMismatch:  # derivatives that vanish at the rows probed
+            plan = make_plan(self._step, x, state, plan)
         wrong = self._wrong_taps(plan, x, state)
         if wrong:
             plan = without_taps(self._step, plan, wrong, x, state)

@@ -8,11 +8,15 @@ from torch import Tensor
 from rtrl_moe_pl.linearization.sparse import Pattern, colour_rows, compress
 from rtrl_moe_pl.linearization.step import Evaluation, Plan, StepLinearizer, batched_vjp
 
-PROBE_ROWS = 16
+PROBE_ROWS = 64
 
 
-def make_plan(step: StepLinearizer, x: Tensor, state: Tensor) -> Plan:
+def make_plan(step: StepLinearizer, x: Tensor, state: Tensor, previous: Plan | None = None) -> Plan:
     """A plan for rows like x [N, ..], state [N, S].
+
+    Args:
+        previous: a plan that did not fit these rows: its patterns are widened by what all of them show (a unit that
+            was silent so far, for example).
 
     Any failure of the cell to run over such rows is the caller's to catch.
     """
@@ -21,17 +25,17 @@ def make_plan(step: StepLinearizer, x: Tensor, state: Tensor) -> Plan:
     tapped = {name for tap in run.taps for name in (tap.weight, tap.bias) if name}
     per_row = {n for n in outside - tapped if step.parameters[n].ndim <= 1 and _works_per_row(step, x, state, n)}
     untapped = frozenset(outside - per_row)
-    plan = _with_patterns(step, x, state, frozenset(per_row), untapped)
+    plan = _with_patterns(step, x, state, frozenset(per_row), untapped, previous)
     if plan.patterns is None and per_row:
         # a parameter normalised over its entries makes every derivative dense: keep the state's sparse instead
-        other = _with_patterns(step, x, state, frozenset(), frozenset(outside))
+        other = _with_patterns(step, x, state, frozenset(), frozenset(outside), previous)
         plan = other if other.patterns is not None else plan
     return plan
 
 
 def without_taps(step: StepLinearizer, plan: Plan, names: set[str], x: Tensor, state: Tensor) -> Plan:
     """A plan that leaves some more parameters to the functional path."""
-    return _with_patterns(step, x, state, plan.per_row - names, plan.untapped | names)
+    return _with_patterns(step, x, state, plan.per_row - names, plan.untapped | names, plan)
 
 
 def _works_per_row(step: StepLinearizer, x: Tensor, state: Tensor, name: str) -> bool:
@@ -54,7 +58,12 @@ def _works_per_row(step: StepLinearizer, x: Tensor, state: Tensor, name: str) ->
 
 
 def _with_patterns(
-    step: StepLinearizer, x: Tensor, state: Tensor, per_row: frozenset[str], untapped: frozenset[str]
+    step: StepLinearizer,
+    x: Tensor,
+    state: Tensor,
+    per_row: frozenset[str],
+    untapped: frozenset[str],
+    previous: Plan | None,
 ) -> Plan:
     while True:  # hiding a weight from the taps can show a use of its bias
         plan = Plan((), per_row, untapped)
@@ -67,16 +76,21 @@ def _with_patterns(
     rows = torch.linspace(0, x.shape[0] - 1, PROBE_ROWS, device=x.device).round().long()
     states = state[rows]
     states[::2] = step.probe(states[::2])  # zeros of a first state must not pass for zeros of a derivative
-    patterns, batched = _patterns(step.evaluate(plan, x[rows], states, cut=True))
-    if not batched and patterns is None:
-        return Plan(signature, per_row, untapped, None, batched=False)
-    return Plan(signature, per_row, untapped, patterns, batched)
+    present, batched = _present(step.evaluate(plan, x[rows], states, cut=True), True)
+    if previous is not None:
+        for begin in range(0, x.shape[0], PROBE_ROWS):
+            part = slice(begin, begin + PROBE_ROWS)
+            more, batched = _present(step.evaluate(plan, x[part], state[part], cut=True), batched)
+            present = [[a | b for a, b in zip(*pair, strict=True)] for pair in zip(present, more, strict=True)]
+        if previous.signature == signature and previous.patterns is not None:
+            known = [[p.to_bool() for p in row] for row in previous.patterns]
+            present = [[a | b for a, b in zip(*pair, strict=True)] for pair in zip(present, known, strict=True)]
+    return Plan(signature, per_row, untapped, _compressed(present, x.device), batched)
 
 
-def _patterns(run: Evaluation) -> tuple[list[list[Pattern]] | None, bool]:
-    """Patterns of every sink by every source, or None if they are not sparse; and whether vmap worked."""
-    result: list[list[Pattern]] = []
-    batched = True
+def _present(run: Evaluation, batched: bool) -> tuple[list[list[Tensor]], bool]:
+    """Where every sink depends on every source, bool [V, U]; and whether vmap worked."""
+    result: list[list[Tensor]] = []
     for sink in run.sinks:
         size = sink[0].numel()
         eye = torch.eye(size, dtype=sink.dtype, device=sink.device)
@@ -86,9 +100,16 @@ def _patterns(run: Evaluation) -> tuple[list[list[Pattern]] | None, bool]:
         except RuntimeError:
             batched = False
             jacobians = batched_vjp(sink, run.sources, cotangents, batched)
-        present = [(j.flatten(2) != 0).any(1).cpu() for j in jacobians]
-        colours = colour_rows(present)
-        if colours is None:
-            return None, batched
-        result.append([compress(p, colours).to(sink.device) for p in present])
+        result.append([(j.flatten(2) != 0).any(1).cpu() for j in jacobians])
     return result, batched
+
+
+def _compressed(present: list[list[Tensor]], device: torch.device) -> list[list[Pattern]] | None:
+    """Coloured patterns, or None where they are not sparse."""
+    result = []
+    for row in present:
+        colours = colour_rows(row)
+        if colours is None:
+            return None
+        result.append([compress(pattern, colours).to(device) for pattern in row])
+    return result

@@ -99,6 +99,14 @@ class Pattern:
                 placed.append((slot, colour, run))
         return placed, len(free)
 
+    def to_bool(self) -> Tensor:
+        """The pattern itself, bool [V, U], on the CPU."""
+        result = torch.zeros(self.rows, self.columns, dtype=torch.bool)
+        for row_of in self.row_of.cpu():
+            there = row_of >= 0
+            result[row_of[there], there.nonzero().flatten()] = True
+        return result
+
     def to(self, device: torch.device) -> Pattern:
         return Pattern(self.row_of.to(device), self.rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ class _Meeting:
 
 def tap_terms(
     taps: Sequence[tuple[Tap, Jacobian]],
-    cotangents: dict[Key, Cotangents],  # [k, B, U, S]
+    cotangents: Mapping[Key, Cotangents],
     trainable: dict[str, Tensor],
 ) -> dict[Block, list[Term]]:
     """Blocks and terms of all taps with a trainable parameter."""
@@ -59,7 +59,7 @@ def tap_terms(
 
 
 def _meet(
-    taps: Sequence[tuple[Tap, Jacobian]], known: dict[Key, Cotangents], trainable: dict[str, Tensor]
+    taps: Sequence[tuple[Tap, Jacobian]], known: Mapping[Key, Cotangents], trainable: dict[str, Tensor]
 ) -> list[_Meeting]:
     meetings = []
     for tap, jacobian in taps:

@@ -85,7 +85,7 @@ class DenseSensitivity(Sensitivity):
         self, tile: Tensor, row: int, linearization: WindowLinearization, terms: list[Term], gradient: Tensor
     ) -> None:
         """Contract a tile into ``gradient`` [columns, rows], then advance it, as many lanes at a time as fit."""
-        lanes = min(self.batch_size, max(1, self._tile_bytes // tile[0].nbytes))
+        lanes = min(self.batch_size, max(1, self._tile_bytes // max(1, tile[0].nbytes)))
         if self._scratch.numel() < lanes * tile[0].numel():
             self._scratch = tile.new_empty(lanes * tile[0].numel())
         for lane in range(0, self.batch_size, lanes):
@@ -106,7 +106,7 @@ class DenseSensitivity(Sensitivity):
     def _allocate(self, block: Block) -> None:
         """Make room for a block, taking along what its members already had elsewhere."""
         row_bytes = block.columns * self.state_size * self.dtype.itemsize
-        rows = max(1, self._tile_bytes // row_bytes)
+        rows = max(1, self._tile_bytes // max(1, row_bytes))
         rows = ceil(block.rows / ceil(block.rows / rows))  # tiles of equal size
         tiles = [
             torch.zeros(
