@@ -65,7 +65,7 @@ class GradientAlgorithm(ABC):
         Args:
             cell: module with ``state_size``, ``initial_state(batch_size)`` and ``forward(x, s)``.
             batch_size: lanes B.
-            device, dtype: of the state; by default those of the initial state.
+            device, dtype: of the state; by default those of the initial state, and of the parameters where wider.
 
         Raises:
             ValueError: if the cell is none, its initial state has the wrong shape, or this algorithm cannot train it.
@@ -80,7 +80,11 @@ class GradientAlgorithm(ABC):
                 f"{type(cell).__name__}.initial_state({batch_size}) returned shape {tuple(state.shape)}, "
                 f"it must be [batch_size, state_size] = {expected}"
             )
-        state = state.to(device=device or state.device, dtype=dtype or state.dtype).clone()
+        if dtype is None:  # a float32 zero state of a float64 cell becomes float64 at the first step
+            dtype = state.dtype
+            for parameter in cell.parameters():
+                dtype = torch.promote_types(dtype, parameter.dtype)
+        state = state.to(device=device or state.device, dtype=dtype).clone()
         return self._init(cell, state)
 
     @abstractmethod
