@@ -153,7 +153,7 @@ def _diagonal_step(
         return _DiagonalStep(None, None, factor, {}, steps) if direct else None
     jacobian, weight = through[0]
     assert weight is not None
-    out = workspace.empty("tap 0", (steps, batch, size, size), weight)
+    out = workspace.empty("tap on the way", (steps, batch, size, size), weight)
     return _DiagonalStep(jacobian.values[0], weight, factor, {jacobian_key(jacobian): out}, steps)
 
 

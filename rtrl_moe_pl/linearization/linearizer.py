@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtrl_moe_pl.linearization.chain import jacobian_key, sweep
 from rtrl_moe_pl.linearization.cotangents import ProbeCotangents
-from rtrl_moe_pl.linearization.planner import make_plan, without_taps
+from rtrl_moe_pl.linearization.planner import make_plan, probing_rows, without_taps
 from rtrl_moe_pl.linearization.slow import functional_terms, initial_terms, whole_window
 from rtrl_moe_pl.linearization.step import Plan, PlanMismatch, StepLinearizer, require_close
 from rtrl_moe_pl.linearization.terms import tap_terms
@@ -165,6 +166,8 @@ class Linearizer:
     def _new_plan(self, x: Tensor, state: Tensor, previous: Plan | None = None) -> Plan:
         """A plan whose parameter gradients equal autograd's for a random cotangent of every row."""
         plan = make_plan(self._step, x, state, previous)
+        probes = probing_rows(self._step, x, state)
+        x, state = torch.cat([x, probes[0]]), torch.cat([state, probes[1]])
         try:
             self._step.derivatives(plan, x, state)
         except PlanMismatch:  # derivatives that vanish at the rows probed
@@ -191,9 +194,9 @@ class Linearizer:
         if not free:
             return set()
         output = self.cell(x, state)
-        if not output.requires_grad:
-            return set(found)
-        truth = torch.autograd.grad(output, list(free.values()), probe[0], allow_unused=True)
+        truth: Sequence[Tensor | None] = [None] * len(free)
+        if output.requires_grad:
+            truth = torch.autograd.grad(output, list(free.values()), probe[0], allow_unused=True)
         wrong = set()
         for (name, parameter), expected in zip(free.items(), truth, strict=True):
             zero = torch.zeros_like(parameter)

@@ -38,13 +38,20 @@ def without_taps(step: StepLinearizer, plan: Plan, names: set[str], x: Tensor, s
     return _with_patterns(step, x, state, plan.per_row - names, plan.untapped | names, plan)
 
 
+def probing_rows(step: StepLinearizer, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows, every other one with a random state: zeros of a first state hide what depends on it."""
+    rows = torch.linspace(0, x.shape[0] - 1, PROBE_ROWS, device=x.device).round().long()
+    states = state[rows]
+    states[::2] = step.probe(states[::2])
+    return x[rows], states
+
+
 def _works_per_row(step: StepLinearizer, x: Tensor, state: Tensor, name: str) -> bool:
     """Whether the parameter acts on each row alone: at another value, one copy a row must give the same states.
 
     At its own value a constant parameter would hide any mixing of its entries, and a single row any mixing of rows.
     """
-    if x.shape[0] == 1:
-        x, state = torch.cat([x, x]), torch.cat([state, state])
+    x, state = probing_rows(step, x, state)
     parameter = step.parameters[name].detach()
     value = parameter + 0.05 * (parameter.abs().max() + 1) * step.probe(parameter)
     copies = value.expand(x.shape[0], *(1,) * (1 - value.ndim), *value.shape)
@@ -73,10 +80,7 @@ def _with_patterns(
             break
         per_row, untapped = per_row - more, untapped | more
     signature = tuple(tap.signature for tap in run.taps)
-    rows = torch.linspace(0, x.shape[0] - 1, PROBE_ROWS, device=x.device).round().long()
-    states = state[rows]
-    states[::2] = step.probe(states[::2])  # zeros of a first state must not pass for zeros of a derivative
-    present, batched = _present(step.evaluate(plan, x[rows], states, cut=True), True)
+    present, batched = _present(step.evaluate(plan, *probing_rows(step, x, state), cut=True), True)
     if previous is not None:
         for begin in range(0, x.shape[0], PROBE_ROWS):
             part = slice(begin, begin + PROBE_ROWS)

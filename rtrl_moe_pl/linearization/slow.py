@@ -13,6 +13,8 @@ from rtrl_moe_pl.linearization.window import Block, DenseTerm
 
 def pull_back(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
     """``batched_vjp`` through vmap where every operation allows it, one cotangent at a time elsewhere."""
+    if not output.requires_grad:
+        return [value.new_zeros(len(cotangents), *value.shape) for value in inputs]
     try:
         found = batched_vjp(output, inputs, cotangents, batched=True)
     except RuntimeError:
@@ -60,7 +62,7 @@ def functional_terms(
 
 def _dense_term(lanes: list[Tensor]) -> DenseTerm:
     """From one [S + 1, *shape] a lane, the loss last."""
-    flat = torch.stack([lane.flatten(1).T[None] for lane in lanes])  # [B, 1, numel, S + 1]
+    flat = torch.stack([lane.reshape(len(lane), -1).T[None] for lane in lanes])  # [B, 1, numel, S + 1]
     return DenseTerm(flat[..., :-1], flat[..., -1].sum(0))
 
 
