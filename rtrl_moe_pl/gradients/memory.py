@@ -74,7 +74,7 @@ class Forecast:
 
     Args:
         influence_bytes: P, kept from window to window (exact when every parameter is reached).
-        workspace_bytes: cotangents and factors of one window, an estimate from the parameters' shapes.
+        workspace_bytes: what a window's linearization keeps, an estimate.
         operations_per_token: multiply-adds of the influence update for one lane's step, counted as 2.
     """
 
@@ -99,7 +99,7 @@ def forecast_influence(cell: nn.Module, batch_size: int, itemsize: int, steps: i
     count = sum(p.numel() for p in parameters)
     outputs = sum(p.shape[0] for p in parameters if p.ndim == 2)  # rows that meet a cotangent
     influence = batch_size * size * count * itemsize
-    workspace = steps * batch_size * (size + 1) * (2 * outputs + 3 * size) * itemsize
+    workspace = 2 * steps * batch_size * size * size * itemsize  # cotangents of the states, and ds'/ds
     operations = 2 * size * count * (1 + size / steps) + 2 * size**2 * (outputs + size)
     return Forecast(influence, workspace, operations)
 

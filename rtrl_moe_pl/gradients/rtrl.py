@@ -27,9 +27,13 @@ from rtrl_moe_pl.linearization import Linearizer, WindowLinearization, refuse_ba
 from rtrl_moe_pl.sensitivities import DenseSensitivity, Sensitivity
 
 
-def longest_segment(state_size: int) -> int:
-    """Steps linearized at once: a longer window is cut, which bounds its workspace at about twice P. Exact."""
-    return max(2 * state_size, 64)
+def longest_segment(state_size: int, is_sparse: bool | None = True) -> int:
+    """Steps linearized at once: a longer window is cut, at no loss, which bounds the workspace by about P.
+
+    Args:
+        is_sparse: whether the cell's derivatives are compressed; dense ones take more room a step. None: not known.
+    """
+    return max(2 * state_size, 64) if is_sparse else max(state_size // 4, 8)
 
 
 class RTRL(GradientAlgorithm):
@@ -117,8 +121,9 @@ class RTRL(GradientAlgorithm):
                 linearizer.fall_back("it draws random numbers or changes its buffers")
         if not linearizer.needs_graph():
             outputs, loss, grads, cotangents = _read(cell, readout, torch.stack(returned), inputs, targets, loss_fn)
-            length = longest_segment(window.start.shape[1])
-            for begin in range(0, len(given), length):
+            begin = 0
+            while begin < len(given):
+                length = longest_segment(window.start.shape[1], linearizer.is_sparse)
                 segment = window.cut(begin, begin + length, given[begin])
                 part = cotangents[begin : begin + length]
                 states = torch.stack(given[begin : begin + length]), torch.stack(returned[begin : begin + length])
@@ -128,6 +133,7 @@ class RTRL(GradientAlgorithm):
                 if linearization is None:
                     linearization = segment.linearize_again(linearizer, states[1], part)
                 _contract_and_advance(memory.sensitivity, linearization, grads)
+                begin += length
             else:
                 return _finish(memory, loss, outputs, grads, returned[-1])
 

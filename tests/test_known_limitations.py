@@ -1,0 +1,157 @@
+"""Every entry of docs/known_limitations.md, pinned: a test that fails here means that the entry can go."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rtrl_moe_pl.cells import GRU, Cell, SimpleRNN, VanillaRNN
+from rtrl_moe_pl.cli import main
+from rtrl_moe_pl.gradients import BPTT, RTRL, MemoryForecastError, parameter_paths, sequence_gradient
+from rtrl_moe_pl.gradients import rtrl as rtrl_module
+from rtrl_moe_pl.gradients.memory import Memory
+from tests.modules.helpers import data, module, trainer
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "known_limitations.md"
+
+
+def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs - targets) ** 2).sum()
+
+
+def one_window(cell: nn.Module, window: int = 4, windows: int = 1) -> Memory:
+    """The memory after one window of random data, or more."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2, window, 3)
+    memory = RTRL(window=window).init(cell, 2)
+    readout = nn.Linear(int(cell.state_size), 1)  # type: ignore[arg-type]
+    for _ in range(windows):
+        RTRL(window=window).step(cell, readout, inputs, inputs[:, :, :1], squared, memory)
+    return memory
+
+
+class Own(Cell):
+    """A cell around one extra module or function."""
+
+    def __init__(self, extra: nn.Module, size: int = 4) -> None:
+        super().__init__(3, size)
+        self.inner, self.extra = VanillaRNN(3, size), extra
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return self.extra(self.inner(x, state))
+
+
+class MixLanes(nn.Module):
+    def forward(self, state: Tensor) -> Tensor:
+        return state - state.mean(0)
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+
+    def forward(self, state: Tensor) -> Tensor:
+        return (state * self.turn).real
+
+
+class Einsum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cube = nn.Parameter(torch.randn(4, 4, 4) / 4)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return torch.einsum("ijk,bj,bk->bi", self.cube, state, state)
+
+
+def test_every_entry_has_its_test() -> None:
+    named = set(re.findall(r"`(test_\w+)`", DOCUMENT.read_text())) - {"test_known_limitations"}
+    assert named == {n for n in globals() if n.startswith("test_")} - {"test_every_entry_has_its_test"}
+
+
+def test_large_cells_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rtrl_module, "free_memory", lambda device: 6 * 10**9)
+    with pytest.raises(MemoryForecastError, match=r"needs 6\.69 GB .*B=32, S=256.* 6 GB are free: lower batch_size"):
+        RTRL(window=256).init(GRU(8, 256), 32)
+    RTRL(window=64).init(GRU(8, 64), 8)  # the small one fits
+
+
+def test_batch_norm_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"BatchNorm1d.*use LayerNorm"):
+        RTRL(window=4).init(Own(nn.BatchNorm1d(4)), 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be differentiated together")
+def test_coupled_lanes_are_refused() -> None:
+    with pytest.raises(ValueError, match="depends on other lanes"):
+        one_window(Own(MixLanes()), windows=2)
+
+
+def test_complex_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match="view_as_complex"):
+        RTRL(window=4).init(Own(Complex()), 2)
+
+
+def test_random_cells_are_slow() -> None:
+    with pytest.warns(UserWarning, match="exact but slow"):
+        paths = parameter_paths(one_window(Own(nn.Dropout(0.5))))
+    assert set(paths.values()) == {"window"}
+
+
+def test_layer_norm_is_not_compressed() -> None:
+    dense, sparse = one_window(SimpleRNN(3, 12)), one_window(VanillaRNN(3, 12))
+    assert dense.linearizer is not None
+    assert sparse.linearizer is not None
+    assert dense.linearizer.is_sparse is False
+    assert sparse.linearizer.is_sparse is True
+
+
+def test_einsum_is_functional() -> None:
+    paths = parameter_paths(one_window(Own(Einsum())))
+    assert paths["cell.extra.cube"] == "functional"
+    assert paths["cell.inner.recurrent.weight"] == "taps"
+
+
+def test_online_gradient_is_no_replay() -> None:
+    torch.manual_seed(0)
+    cell, readout = VanillaRNN(3, 4).double(), nn.Linear(4, 1).double()
+    inputs = torch.randn(2, 8, 3, dtype=torch.float64)
+    targets, algorithm = inputs[:, :, :1], RTRL(window=4)
+    memory = algorithm.init(cell, 2)
+    algorithm.step(cell, readout, inputs[:, :4], targets[:, :4], squared, memory)
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+    online = algorithm.step(cell, readout, inputs[:, 4:], targets[:, 4:], squared, memory).grads
+
+    def last_half(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return squared(outputs[:, 4:], wanted[:, 4:])
+
+    replay = sequence_gradient(BPTT(), cell, readout, inputs, targets, last_half).grads
+    name = "cell.recurrent.weight"
+    assert (online[name] - replay[name]).norm() > 0.01 * replay[name].norm()
+
+
+def test_16_mixed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = DOCUMENT.parent.parent / "configs" / "anbn_rtrl.yaml"
+    options = ["--trainer.precision", "16-mixed", "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["fit", "--config", str(config), *options]) != 0
+    assert "error: " in (line := capsys.readouterr().err.strip().splitlines()[-1])
+    assert "precision=16-mixed is not supported" in line
+
+
+def test_bptt_needs_sequences(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sequences"):
+        trainer(tmp_path).fit(module(BPTT()), data(layout="stream"))
+
+
+def test_stream_of_other_lanes_begins_anew(tmp_path: Path) -> None:
+    first = trainer(tmp_path)
+    first.fit(module(), data())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="stream"):
+        trainer(tmp_path, max_steps=8).fit(module(), data(batch_size=2), ckpt_path=tmp_path / "a.ckpt")
