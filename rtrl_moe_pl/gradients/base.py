@@ -80,11 +80,11 @@ class GradientAlgorithm(ABC):
                 f"{type(cell).__name__}.initial_state({batch_size}) returned shape {tuple(state.shape)}, "
                 f"it must be [batch_size, state_size] = {expected}"
             )
+        kind = dtype or state.dtype
         if dtype is None:  # a float32 zero state of a float64 cell becomes float64 at the first step
-            dtype = state.dtype
             for parameter in cell.parameters():
-                dtype = torch.promote_types(dtype, parameter.dtype)
-        state = state.to(device=device or state.device, dtype=dtype).clone()
+                kind = torch.promote_types(kind, parameter.dtype)
+        state = state.to(device=device or state.device, dtype=kind).clone()
         return self._init(cell, state)
 
     @abstractmethod

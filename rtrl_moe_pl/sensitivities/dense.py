@@ -13,8 +13,8 @@ from rtrl_moe_pl.linearization.window import Term, copy_flushed
 from rtrl_moe_pl.sensitivities.base import Sensitivity
 
 # Bytes of P worked on at a time: with its scratch copy and the cotangents it must stay in a core's second-level
-# cache (measured at S = 64 and 128: 0.67-0.77 of the sgemm peak at 256-512 KiB, 0.45 untiled at S = 128).
-CPU_TILE_BYTES = 384 * 1024
+# cache (measured at S = 64 and 128: flat from 512 KiB to 1 MiB, 25 % slower at 128 KiB, half the speed untiled).
+CPU_TILE_BYTES = 512 * 1024
 GPU_TILE_BYTES = 128 * 1024 * 1024
 
 
@@ -67,37 +67,45 @@ class DenseSensitivity(Sensitivity):
         for block in linearization.terms:
             if block not in self._blocks:
                 self._allocate(block)
+        totals = {block: self._scratch.new_zeros(block.columns, block.rows) for block in self._blocks}
+        lane_bytes = self.nbytes // batch
+        lanes = min(batch, max(1, self._tile_bytes // max(1, lane_bytes)))
+        for lane in range(0, batch, lanes):  # outside: what the tiles of a lane read is then in cache
+            here = slice(lane, lane + lanes)
+            for block, tiles in self._blocks.items():
+                terms = linearization.terms.get(block, [])
+                row = 0
+                for tile in tiles:
+                    gradient = totals[block][:, row : row + tile.shape[2]]
+                    self._advance_tile(tile[here], lane, row, linearization, terms, gradient)
+                    row += tile.shape[2]
         gradients: dict[str, Tensor] = {}
-        for block, tiles in self._blocks.items():
-            terms = linearization.terms.get(block, [])
-            total = self._scratch.new_zeros(block.columns, block.rows)
-            row = 0
-            for tile in tiles:
-                rows = tile.shape[2]
-                self._advance_tile(tile, row, linearization, terms, total[:, row : row + rows])
-                row += rows
-            for term in terms:
+        for block, total in totals.items():
+            for term in linearization.terms.get(block, []):
                 term.add_gradient(total)
             gradients |= block.split(total, self.shapes)
         return gradients
 
     def _advance_tile(
-        self, tile: Tensor, row: int, linearization: WindowLinearization, terms: list[Term], gradient: Tensor
+        self,
+        tile: Tensor,  # [lanes, columns, rows, S]
+        lane: int,
+        row: int,
+        linearization: WindowLinearization,
+        terms: list[Term],
+        gradient: Tensor,
     ) -> None:
-        """Contract a tile into ``gradient`` [columns, rows], then advance it, as many lanes at a time as fit."""
-        lanes = min(self.batch_size, max(1, self._tile_bytes // max(1, tile[0].nbytes)))
-        if self._scratch.numel() < lanes * tile[0].numel():
-            self._scratch = tile.new_empty(lanes * tile[0].numel())
-        for lane in range(0, self.batch_size, lanes):
-            here = slice(lane, lane + lanes)
-            part = tile[here]
-            flat = part.flatten(1, 2)  # [lanes, columns rows, S]
-            old = self._scratch[: flat.numel()].view_as(flat)
-            copy_flushed(flat, old)
-            gradient += torch.bmm(linearization.cotangent[here, None], old.transpose(1, 2)).sum(0).view_as(gradient)
-            torch.bmm(old, linearization.transition[here], out=flat)
-            for term in terms:
-                term.add_to(part, lane, row)
+        """Contract a tile into ``gradient`` [columns, rows], then advance it."""
+        here = slice(lane, lane + tile.shape[0])
+        if self._scratch.numel() < tile.numel():
+            self._scratch = tile.new_empty(tile.numel())
+        flat = tile.flatten(1, 2)  # [lanes, columns rows, S]
+        old = self._scratch[: flat.numel()].view_as(flat)
+        copy_flushed(flat, old)
+        gradient += torch.bmm(linearization.cotangent[here, None], old.transpose(1, 2)).sum(0).view_as(gradient)
+        torch.bmm(old, linearization.transition[here], out=flat)
+        for term in terms:
+            term.add_to(tile, lane, row)
 
     @property
     def _tile_bytes(self) -> int:
