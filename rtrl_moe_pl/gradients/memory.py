@@ -75,7 +75,7 @@ class Forecast:
     Args:
         influence_bytes: P, kept from window to window (exact when every parameter is reached).
         workspace_bytes: what a window's linearization keeps, an estimate.
-        operations_per_token: multiply-adds of the influence update for one lane's step, counted as 2.
+        operations_per_token: of one lane's step, a multiply-add counted as 2; for RTRL of a gated cell.
     """
 
     influence_bytes: int
@@ -97,10 +97,9 @@ def forecast_influence(cell: nn.Module, batch_size: int, itemsize: int, steps: i
     parameters = [p for p in cell.parameters() if p.requires_grad]
     size = int(getattr(cell, "state_size", 0))
     count = sum(p.numel() for p in parameters)
-    outputs = sum(p.shape[0] for p in parameters if p.ndim == 2)  # rows that meet a cotangent
     influence = batch_size * size * count * itemsize
     workspace = 2 * steps * batch_size * size * size * itemsize  # cotangents of the states, and ds'/ds
-    operations = 2 * size * count * (1 + size / steps) + 2 * size**2 * (outputs + size)
+    operations = 2 * size * count * (1 + size / steps) + 2 * size**3  # M, J P, and the sweep back
     return Forecast(influence, workspace, operations)
 
 

@@ -42,9 +42,8 @@ class RTRL(GradientAlgorithm):
     Args:
         window: steps k. Any length gives the same gradient; about the state size is the cheapest.
 
-    Cost: a step and lane, S |theta| (1 + S / k) multiply-adds for the influence, beside BPTT's own; memory
-        B S |theta| for the influence and about B k S times the layers' outputs for a window, whatever the length of
-        the sequence.
+    Cost: a step and lane, S |theta| (1 + S / k) + S^3 multiply-adds beside the forward pass; memory B S |theta| for
+        the influence and about 2 B k S^2 for a window, whatever the length of the sequence.
     Exact: equals BPTT over the whole sequence while parameters are fixed, for any cell. With an update after every
         window it is the gradient for an offset shared by all past parameters, their increments frozen.
     Not recommended: for sequences that fit in memory (BPTT is cheaper), or large dense states (S above about 256).
