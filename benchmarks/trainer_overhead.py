@@ -1,11 +1,11 @@
 """How much slower is a Lightning training loop than a bare one?
 
-    python benchmarks/trainer_overhead.py [--threads 1] [--output benchmarks/results/trainer_overhead.json]
+    OMP_NUM_THREADS=1 python -m benchmarks.trainer_overhead
 
 Both loops make the same batches of a^n b^n on the fly, compute the same gradients and call the same update. The
-Lightning loop adds everything a user of the command line gets: hooks, the data module, all figures logged once per
-batch, TensorBoard every 10 batches, the progress bar. Checkpoints and validation are left out of both. Repetitions
-are interleaved; the ratio is that of the medians of one run.
+Lightning loop adds what a user of the command line gets: hooks, the data module, figures and TensorBoard every 10
+batches, the progress bar. Checkpoints and validation are left out of both. Repetitions take turns; the ratio is the
+median over repetitions of neighbours in time.
 """
 
 from __future__ import annotations
@@ -13,22 +13,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
-import platform
 import statistics
 import tempfile
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from benchmarks.common import ratio, write
 from rtrl_moe_pl.cells import GRU, Cell, VanillaRNN
 from rtrl_moe_pl.data import AnBnDataModule
 from rtrl_moe_pl.gradients import BPTT, RTRL, GradientAlgorithm
@@ -49,7 +46,7 @@ def make_data(gradient: GradientAlgorithm) -> AnBnDataModule:
     return AnBnDataModule(batch_size=LANES, steps_per_batch=STEPS, batches_per_epoch=WARM_UP + TIMED)
 
 
-def bare(cell: type[Cell], gradient: GradientAlgorithm) -> float:
+def bare_loop(cell: type[Cell], gradient: GradientAlgorithm) -> float:
     """Seconds per batch of a plain loop."""
     data, recurrent, loss = make_data(gradient), cell(3, HIDDEN), WeightedCrossEntropy()
     readout = nn.Linear(HIDDEN, 2)
@@ -96,53 +93,40 @@ def lightning_loop(cell: type[Cell], gradient: GradientAlgorithm) -> float:
     return (clock.times[-1] - clock.times[WARM_UP - 1]) / TIMED
 
 
+def compare(cell: type[Cell], gradient: GradientAlgorithm, repetitions: int) -> dict[str, Any]:
+    times = []
+    for _ in range(repetitions + 1):
+        times.append((bare_loop(cell, gradient), lightning_loop(cell, gradient)))
+    bare, lightning = zip(*times[1:], strict=True)  # the first is warm-up
+    return {
+        "cell": cell.__name__,
+        "gradient": repr(gradient),
+        "hidden": HIDDEN,
+        "lanes": LANES,
+        "steps": STEPS,
+        "bare_ms": 1e3 * statistics.median(bare),
+        "lightning_ms": 1e3 * statistics.median(lightning),
+        "ratio": ratio(lightning, bare),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--repetitions", type=int, default=9)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-
     rows = []
     for cell in (VanillaRNN, GRU):
         for gradient in (RTRL(window=STEPS), BPTT()):
-            seconds: dict[str, list[float]] = {"bare": [], "lightning": []}
-            for repetition in range(options.repetitions + 1):
-                pair = {"bare": bare(cell, gradient), "lightning": lightning_loop(cell, gradient)}
-                if repetition > 0:  # the first is warm-up
-                    for name, value in pair.items():
-                        seconds[name].append(value)
-            medians = {name: statistics.median(values) for name, values in seconds.items()}
-            row = {
-                "cell": cell.__name__,
-                "gradient": repr(gradient),
-                "bare_ms": 1e3 * medians["bare"],
-                "lightning_ms": 1e3 * medians["lightning"],
-                "ratio": medians["lightning"] / medians["bare"],
-            }
+            row = compare(cell, gradient, options.repetitions)
             rows.append(row)
             print(
                 f"{row['cell']:10} {row['gradient']:16} bare {row['bare_ms']:6.2f} ms, "
                 f"Lightning {row['lightning_ms']:6.2f} ms a batch of {LANES} x {STEPS}: {row['ratio']:.3f}x",
                 flush=True,
             )
-    if options.output:
-        facts = {
-            "machine": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "threads": options.threads,
-            "hidden": HIDDEN,
-            "lanes": LANES,
-            "steps": STEPS,
-            "repetitions": options.repetitions,
-        }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
+    print(f"written to {write('trainer_overhead', torch.device('cpu'), rows)}")
 
 
 if __name__ == "__main__":

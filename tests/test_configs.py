@@ -1,0 +1,141 @@
+"""Every shipped configuration runs, and says what it is said to say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from rtrl_moe_pl.cli import main
+from rtrl_moe_pl.gradients import RTRL, Memory, WindowResult
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+PROMISED = {
+    "anbn_rtrl",
+    "anbn_bptt",
+    "anbn_tbptt",
+    "anbn_simple_rnn",
+    "anbn_lstm",
+    "anbn_long",
+    "recall_rtrl",
+    "recall_tbptt",
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_all_are_there() -> None:
+    assert set(NAMES) >= PROMISED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs(name: str, tmp_path: Path) -> None:
+    """One batch of training and validation, through the command line."""
+    assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), "--trainer.fast_dev_run", "true"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_short_and_complete(name: str) -> None:
+    text, config = (CONFIGS / f"{name}.yaml").read_text(), load(name)
+    assert text.startswith("# ")
+    assert len(text.splitlines()) <= 50
+    assert config["seed_everything"] == 0
+    steps, schedule = config["trainer"]["max_steps"], config["model"]["init_args"].get("lr_scheduler")
+    assert steps % config["data"]["init_args"]["batches_per_epoch"] == 0  # the last step is validated
+    if schedule:
+        assert schedule["init_args"]["total_steps"] == steps + 1
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "anbn_bptt"])
+def test_audit(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "--config", str(CONFIGS / f"{name}.yaml"), "--steps", "40", "--data.batch_size", "2"]) == 0
+    exact = load(name)["model"]["init_args"]["gradient"]["class_path"] != "TBPTT"
+    assert ("verdict: exact" if exact else "verdict: approximate") in capsys.readouterr().out
+
+
+def test_recall_differs_in_the_gradient_alone() -> None:
+    """And every gap is more than twice as long as the window."""
+    exact, truncated = load("recall_rtrl"), load("recall_tbptt")
+    window = exact["model"]["init_args"]["gradient"]["init_args"]["window"]
+    assert exact["data"]["init_args"]["min_gap"] > 2 * window
+    assert exact["model"]["init_args"].pop("gradient")["class_path"] == "RTRL"
+    assert truncated["model"]["init_args"].pop("gradient") == {"class_path": "TBPTT", "init_args": {"window": window}}
+    assert exact == truncated
+
+
+class NoInfluence(RTRL):
+    """RTRL whose influence is held at zero."""
+
+    def step(
+        self, cell: Any, readout: Any, inputs: Tensor, targets: Any, loss_fn: Any, memory: Memory, starts: Any = None
+    ) -> WindowResult:
+        memory.sensitivity.zero_()
+        return super().step(cell, readout, inputs, targets, loss_fn, memory, starts)
+
+
+def accuracies(folder: Path) -> dict[str, float]:
+    """The last value of every validation accuracy in the newest checkpoint's run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [version] = (folder / "lightning_logs").iterdir()
+    events = EventAccumulator(str(version))
+    events.Reload()
+    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.startswith("val/accuracy")}
+
+
+SMALL_RECALL = [
+    "--model.cell.hidden_size",
+    "16",
+    "--data.min_gap",
+    "7",
+    "--data.max_gap",
+    "9",
+    "--data.validation_scales",
+    "[1]",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gradient", "learns"),
+    [
+        ('{"class_path": "RTRL", "init_args": {"window": 3}}', True),
+        ('{"class_path": "TBPTT", "init_args": {"window": 3}}', False),
+        ('{"class_path": "tests.test_configs.NoInfluence", "init_args": {"window": 3}}', False),
+    ],
+)
+def test_only_carried_influence_learns_recall(tmp_path: Path, gradient: str, learns: bool) -> None:
+    """The recall configurations with gaps of 7 to 9 steps, to be quick."""
+    config = str(CONFIGS / "recall_rtrl.yaml")
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.max_steps", "300", "--data.batch_size", "16"]
+    assert main(["fit", "--config", config, "--model.gradient", gradient, *SMALL_RECALL, *quiet]) == 0
+    accuracy = accuracies(tmp_path)["val/accuracy"]
+    assert accuracy >= 0.95 if learns else 0.2 <= accuracy <= 0.32  # chance is 1/4; 0.07 is 5 standard errors of 1024
+
+
+@pytest.mark.slow
+def test_anbn_long_is_right_at_two_and_four_times_the_length(tmp_path: Path) -> None:
+    config = str(CONFIGS / "anbn_long.yaml")
+    assert main(["fit", "--config", config, "--trainer.enable_progress_bar", "false"]) == 0
+    reached = accuracies(tmp_path)
+    assert reached["val/accuracy"] >= 0.995
+    assert min(reached["val/accuracy_2x"], reached["val/accuracy_4x"]) >= 0.95
+
+
+@pytest.mark.slow
+def test_anbn_rtrl_learns(tmp_path: Path) -> None:
+    """The first configuration of the README, to the end: 800 steps, well under three minutes."""
+    torch.set_num_threads(1)
+    assert main(["fit", "--config", str(CONFIGS / "anbn_rtrl.yaml"), "--trainer.enable_progress_bar", "false"]) == 0
+    assert accuracies(tmp_path)["val/accuracy"] >= 0.995
