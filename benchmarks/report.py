@@ -141,7 +141,7 @@ def draw_step_time(found: dict[str, Any]) -> None:
         axes.minorticks_off()
         axes.set(title=f"{name}, batch 8", xlabel="hidden units n")
     panels[0].set_ylabel("microseconds per token")
-    panels[-1].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     figure.savefig(RESULTS / "step_time.png", dpi=150)
 
 
