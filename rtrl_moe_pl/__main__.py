@@ -30,7 +30,7 @@ options:
 examples:
   python -m rtrl_moe_pl fit --config configs/anbn_rtrl.yaml
   python -m rtrl_moe_pl fit --config configs/anbn_rtrl.yaml --model.gradient TBPTT --model.gradient.window 8
-  python -m rtrl_moe_pl fit --config configs/anbn_rtrl.yaml --ckpt_path last --trainer.max_steps 2000
+  python -m rtrl_moe_pl fit --config configs/recall_rtrl.yaml --ckpt_path last --trainer.max_steps 2000
   python -m rtrl_moe_pl validate --config configs/anbn_rtrl.yaml --ckpt_path last
   python -m rtrl_moe_pl audit --config configs/anbn_rtrl.yaml
 """

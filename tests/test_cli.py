@@ -213,7 +213,7 @@ def test_debug_shows_the_traceback(here: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
-def test_two_processes_equal_one_with_the_double_batch(here: Path) -> None:
+def test_two_processes_equal_one_with_the_double_batch(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The bare flag: no strategy is named. Also interrupted and resumed, with the carry of both ranks."""
     alone = python(
         "-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", "--trainer.default_root_dir", "alone", folder=here
@@ -234,6 +234,10 @@ def test_two_processes_equal_one_with_the_double_batch(here: Path) -> None:
         torch.testing.assert_close(got["state_dict"][name], value, rtol=1e-4, atol=1e-6)
     lanes = torch.cat([got[PER_RANK]["carry"]["state"], shard[PER_RANK]["carry"]["state"]])
     torch.testing.assert_close(lanes, expected[PER_RANK]["carry"]["state"], rtol=1e-4, atol=1e-6)
+
+    alone_again = ("--data.batch_size", "4", "--trainer.default_root_dir", "two", "--ckpt_path", "last")
+    assert run("fit", *alone_again, "--trainer.max_steps", "12") == 1
+    assert "error: the checkpoint was written by 2 processes, but 1 are running" in capsys.readouterr().err
 
     (folder / "last.ckpt.rank1").unlink()
     broken = python("-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", *two, *again, folder=here)

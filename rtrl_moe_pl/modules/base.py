@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, update
 from rtrl_moe_pl.training.failure import first_bad
-from rtrl_moe_pl.training.strategy import PER_RANK, BroadcastStrategy
+from rtrl_moe_pl.training.strategy import PER_RANK, BroadcastStrategy, require_same_processes
 
 ARCHITECTURE = "rtrl_moe_pl_architecture"
 
@@ -173,7 +174,9 @@ class ManualModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_architecture(checkpoint)
-        if PER_RANK in checkpoint:
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and PER_RANK in checkpoint:
+            require_same_processes(checkpoint[PER_RANK], self.trainer.world_size)
             self._sums.load_state_dict(checkpoint[PER_RANK]["sums"])
             self.restore_carry(checkpoint[PER_RANK]["carry"])
 

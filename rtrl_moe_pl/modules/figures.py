@@ -29,7 +29,7 @@ class TrainingFigures:
         self._tokens = 0
         self._began = time.perf_counter()
 
-    def add(self, result: WindowResult, targets: tuple[Tensor, Tensor], weight: Tensor) -> None:
+    def add(self, result: WindowResult, targets: tuple[Tensor, ...], weight: Tensor) -> None:
         labels, weights = targets
         self._loss = self._loss + result.loss
         self._correct = self._correct + (correct(result.outputs, labels) * weights).sum()

@@ -87,12 +87,12 @@ class SequenceModule(ManualModule):
         self._figures.resume_clock()  # validation is not counted in tokens per second
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        inputs, (_, weights), starts = batch.inputs, batch.targets, batch.starts
+        inputs, targets, starts = batch.inputs, tuple(batch.targets), batch.starts  # a DataLoader makes lists of tuples
         memory = self._memory_for(inputs, starts)
         with torch.autocast(inputs.device.type, enabled=False):
-            result = self.gradient.run(self.cell, self.readout, inputs, batch.targets, self.loss, memory, starts)
+            result = self.gradient.run(self.cell, self.readout, inputs, targets, self.loss, memory, starts)
         self._memory = result.memory
-        weight = weights.sum()
+        weight = targets[1].sum()
         state_norm = result.memory.state.norm(dim=1).mean()
 
         def diagnose() -> str | None:
@@ -102,7 +102,7 @@ class SequenceModule(ManualModule):
 
         # 0 * infinity is NaN: what is bad in this batch reaches the update, and so every rank, through the weight.
         update = self.update_parameters(result.grads, weight + 0 * (result.loss + state_norm), diagnose)
-        self._figures.add(result, batch.targets, weight)
+        self._figures.add(result, targets, weight)
         if self._logs_now():
             # Lightning takes 0.3 ms for a figure, and the influence norm reads all of P: not after every batch.
             figures: dict[str, Any] = self._figures.read()
@@ -216,15 +216,15 @@ def _check_readout(cell: nn.Module, readout: nn.Module, output_size: int) -> Non
     if getattr(readout, "takes_input", False):
         return
     size = cell.state_size
-    state = cell.initial_state(1)  # type: ignore[operator]
+    state = cell.initial_state(2)  # type: ignore[operator]
     try:
         shape = tuple(readout(state).shape)
     except RuntimeError as error:
         raise ValueError(
             f"model.readout ({type(readout).__name__}) does not take states of size {size}: {error}"
         ) from None
-    if shape != (1, output_size):
+    if shape != (2, output_size):
         raise ValueError(
-            f"model.readout ({type(readout).__name__}) returns shape {shape} for one state; "
-            f"the data needs (1, {output_size})"
+            f"model.readout ({type(readout).__name__}) returns {shape[1:]} values for a state; "
+            f"the data needs ({output_size},)"
         )

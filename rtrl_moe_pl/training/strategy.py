@@ -15,6 +15,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 PER_RANK = "rtrl_moe_pl_per_rank"
 
 
+def require_same_processes(saved: dict[str, Any], running: int) -> None:
+    """Refuse to take up a carry whose lanes were spread over another number of processes."""
+    if saved["carry"] is not None and saved["world_size"] != running:
+        raise ValueError(
+            f"the checkpoint was written by {saved['world_size']} processes, but {running} are running: use as many "
+            "trainer.devices, whose lanes it continues"
+        )
+
+
 class BroadcastStrategy(DDPStrategy):
     """Data parallelism for modules that write ``p.grad`` themselves (``strategy: broadcast``).
 
@@ -37,12 +46,7 @@ class BroadcastStrategy(DDPStrategy):
         checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
         fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if fitting and PER_RANK in checkpoint:
-            saved = checkpoint[PER_RANK]["world_size"]
-            if saved != self.world_size:
-                raise ValueError(
-                    f"{checkpoint_path} was written by {saved} processes, but {self.world_size} are running: "
-                    "use the same number of devices, whose lanes it continues"
-                )
+            require_same_processes(checkpoint[PER_RANK], self.world_size)
             if not self.is_global_zero:
                 shard = self._shard(checkpoint_path)
                 if not Path(shard).is_file():

@@ -180,7 +180,11 @@ def test_batch_size_may_change_where_all_lanes_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("readout", "message"), [(nn.Linear(4, 2), "does not take states of size 5"), (nn.Linear(5, 3), r"\(1, 3\)")]
+    ("readout", "message"),
+    [
+        (nn.Linear(4, 2), "does not take states of size 5"),
+        (nn.Linear(5, 3), r"returns \(3,\) values for a state; the data needs \(2,\)"),
+    ],
 )
 def test_a_readout_that_does_not_fit_is_refused(readout: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
