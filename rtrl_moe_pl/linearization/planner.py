@@ -24,12 +24,13 @@ def make_plan(step: StepLinearizer, x: Tensor, state: Tensor, previous: Plan | N
     outside = step.outside_taps(run, None)
     tapped = {name for tap in run.taps for name in (tap.weight, tap.bias) if name}
     per_row = {n for n in outside - tapped if step.parameters[n].ndim <= 1 and _works_per_row(step, x, state, n)}
-    untapped = frozenset(outside - per_row)
-    plan = _with_patterns(step, x, state, frozenset(per_row), untapped, previous)
-    if plan.patterns is None and per_row:
-        # a parameter normalised over its entries makes every derivative dense: keep the state's sparse instead
-        other = _with_patterns(step, x, state, frozenset(), frozenset(outside), previous)
-        plan = other if other.patterns is not None else plan
+    plan = _with_patterns(step, x, state, frozenset(per_row), frozenset(outside - per_row), previous)
+    # a scalar, or a parameter normalised over its entries, makes derivatives dense: rather keep the state's sparse
+    vectors = {name for name in per_row if step.parameters[name].numel() > 1}
+    for fewer in (vectors, set()):
+        if plan.patterns is None and fewer != per_row:
+            other = _with_patterns(step, x, state, frozenset(fewer), frozenset(outside - fewer), previous)
+            plan = other if other.patterns is not None else plan
     return plan
 
 

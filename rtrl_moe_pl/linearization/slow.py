@@ -25,7 +25,7 @@ def pull_back(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> l
     truth = torch.autograd.grad(output, inputs, mixed, retain_graph=True, materialize_grads=True)
     try:
         for batch, expected in zip(found, truth, strict=True):
-            require_close(torch.tensordot(mix, batch, 1), expected)
+            require_close(torch.tensordot(mix.to(batch.dtype), batch, 1), expected)
     except PlanMismatch:
         return batched_vjp(output, inputs, cotangents, batched=False)
     return found
