@@ -18,6 +18,7 @@ from rtrl_moe_pl.cells import GRU, Stack
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, GradientAlgorithm, Memory, parameter_paths, sequence_gradient
 from tests.gradients.problem import Problem, make_problem, plain_autograd, total_error, weighted_squares, worst_error
 from tests.gradients.user_cells.base import UserCell
+from tests.gradients.user_cells.graphs import MixedPrecision
 from tests.gradients.user_cells.lanes import Dropped, LaneMean, NormalisedBatch
 
 STEPS = 9
@@ -169,6 +170,24 @@ def test_batch_norm_is_refused() -> None:
 
 
 # -- precision -----------------------------------------------------------------------------------------------------
+
+
+def test_mixed_precision() -> None:
+    """Weights in float32, state in float64: right to float32's rounding, and each gradient in its parameter's type."""
+    torch.manual_seed(0)
+    cell, readout = MixedPrecision(), nn.Linear(4, 2).double()
+    inputs = torch.randn(2, STEPS, 3)
+    problem = make_problem(cell, inputs=inputs, readout=readout)
+    truth = problem.solve(BPTT()).grads
+    with announced():
+        grads = problem.solve(RTRL(window=2)).grads
+    assert {n: g.dtype for n, g in grads.items()} == {n: p.dtype for n, p in problem.names.items()}
+
+    def double(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.double() for name, value in values.items()}
+
+    assert worst_error(double(grads), double(truth)) <= 1e-5
+    assert total_error(double(problem.solve(TBPTT(window=2)).grads), double(truth)) > 1e-2
 
 
 @pytest.mark.parametrize("hidden", [5, 12])

@@ -56,7 +56,7 @@ CASES: dict[str, Case] = {
     "complex decay": Case(matrices.ComplexDecay, INPUT | {"cell.decay": FUNCTIONAL}),
     "element-wise": Case(vectors.ElementWise, LAYER | {"cell.gain": TAPS, "cell.bias": TAPS, "cell.leak": TAPS}),
     "scalar": Case(lambda: vectors.Scalar(4), LAYER | {"cell.scale": TAPS, "cell.shift": TAPS}),
-    "scalar of many": Case(lambda: vectors.Scalar(10), INPUT),
+    "scalar of many": Case(lambda: vectors.Scalar(10), LAYER | {"cell.gain": TAPS}),
     "softmax gain": Case(vectors.SoftmaxGain, LAYER | {"cell.logits": FUNCTIONAL}),
     "uniform flipped": Case(lambda: vectors.UniformVector(lambda p: p.flip(0)), INPUT | LAYER),
     "uniform mean": Case(lambda: vectors.UniformVector(lambda p: p.mean(0)), INPUT | LAYER),
