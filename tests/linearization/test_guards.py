@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl_moe_pl.cells import GRU, LSTM, LeakyIntegrator, SimpleRNN, VanillaRNN
-from rtrl_moe_pl.gradients import RTRL, parameter_paths
+from rtrl_moe_pl.gradients import RTRL
 from rtrl_moe_pl.linearization import OuterTerm, slow
 from rtrl_moe_pl.linearization import linearizer as linearizer_module
 from rtrl_moe_pl.linearization import step as step_module
@@ -21,9 +21,8 @@ from rtrl_moe_pl.linearization.planner import make_plan
 from rtrl_moe_pl.linearization.slow import functional_terms, pull_back
 from rtrl_moe_pl.linearization.sparse import Pattern
 from rtrl_moe_pl.linearization.step import Plan, PlanMismatch, StepLinearizer, require_close
-from tests.gradients.problem import Problem, assert_exact, make_problem, total_error, weighted_squares
+from tests.gradients.problem import Problem, assert_exact, make_problem, weighted_squares
 from tests.gradients.user_cells import flow, graphs, matrices, vectors
-from tests.gradients.user_cells.base import UserCell
 
 ROWS = 12
 
@@ -270,36 +269,3 @@ def test_always_odd_is_for_good() -> None:
     assert "each window is differentiated as it ran" in messages[0]
     assert linearizer.needs_graph()
     assert set(linearizer.paths.values()) == {"window"}
-
-
-# -- fading --------------------------------------------------------------------------------------------------------
-
-
-class Fading(UserCell):
-    """Forgets by a factor of 1e-4 a step: products of Jacobians soon fall below the smallest normal number."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.layer = nn.Linear(size, size)
-
-    def forward(self, x: Tensor, s: Tensor) -> Tensor:
-        return torch.tanh(self.input(x) + 1e-4 * self.layer(s))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("window", [1, 8, 40])
-def test_a_contracting_cell_stays_right_and_normal(dtype: torch.dtype, window: int) -> None:
-    torch.manual_seed(0)
-    problem = make_problem(Fading(6).double(), steps=200)
-    truth = assert_exact(problem, RTRL(window=window))
-    modules = nn.ModuleList([problem.cell, problem.readout]).to(dtype)
-    algorithm = RTRL(window=window)
-    memory = algorithm.init(modules[0], 2)
-    targets = tuple(t.to(dtype) for t in problem.targets)
-    result = algorithm.run(modules[0], modules[1], problem.inputs.to(dtype), targets, weighted_squares, memory)
-    grads = {name: g.double() for name, g in result.grads.items()}
-    assert total_error(grads, truth) <= (1e-5 if dtype == torch.float32 else 1e-9)
-    tiny = torch.finfo(dtype).tiny
-    for p in memory.sensitivity.to_dense().values():
-        assert not bool(((p != 0) & (p.abs() < tiny)).any())
-    assert set(parameter_paths(memory).values()) == {"taps"}
