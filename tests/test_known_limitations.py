@@ -102,6 +102,23 @@ def test_random_cells_are_slow() -> None:
     assert set(paths.values()) == {"window"}
 
 
+class PrivateNoise(nn.Module):
+    """Adds noise that torch's generators know nothing of."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale, self.generator = scale, torch.Generator().manual_seed(0)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state + self.scale * torch.randn(state.shape, generator=self.generator)
+
+
+def test_private_randomness_is_noticed_by_its_values() -> None:
+    with pytest.warns(UserWarning, match="exact but slow"):
+        assert set(parameter_paths(one_window(Own(PrivateNoise(0.1)))).values()) == {"window"}
+    assert set(parameter_paths(one_window(Own(PrivateNoise(1e-9)))).values()) == {"taps"}  # below rounding
+
+
 def test_layer_norm_is_not_compressed() -> None:
     dense, sparse = one_window(SimpleRNN(3, 12)), one_window(VanillaRNN(3, 12))
     assert dense.linearizer is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from rtrl_moe_pl.gradients.base import GradientAlgorithm
@@ -46,10 +47,14 @@ def sequence_gradient(
         ValueError: for wrong shapes, a window without steps, or a cell that the algorithm cannot train.
         MemoryForecastError: if the influence matrix does not fit in the free memory.
     """
-    memory = algorithm.init(cell, inputs.shape[0], inputs.device, None if state is None else state.dtype)
+    memory = algorithm.init(cell, inputs.shape[0], inputs.device)
     if state is not None:
+        kind = memory.state.dtype
+        if not state.is_floating_point() or torch.promote_types(state.dtype, kind) != state.dtype:
+            raise ValueError(f"state is {state.dtype}, the cell's is {kind}: convert it")
         if state.shape != memory.state.shape:
             raise ValueError(f"state has shape {tuple(state.shape)}, the cell's is {tuple(memory.state.shape)}")
+        memory = algorithm.init(cell, inputs.shape[0], inputs.device, state.dtype)
         memory.state, memory.fresh = state.detach().clone(), False
     result = algorithm.run(cell, readout, inputs, targets, loss_fn, memory, starts)
     return SequenceResult(float(result.loss), result.outputs, result.memory.state, result.grads)
