@@ -29,7 +29,6 @@ from rtrl_moe_pl.sensitivities import DenseSensitivity
 
 INPUTS, OUTPUTS = 8, 4
 CELLS: dict[str, Callable[[int, int], nn.Module]] = {"RNN": VanillaRNN, "GRU": GRU, "LSTM": LSTM}
-LONGEST = 40.0  # seconds of one repetition; slower points are left out, with their estimate
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -59,8 +58,10 @@ class Point:
         return lambda: method.step(self.inputs[:, :steps], self.targets[:, :steps], squared_error)
 
 
-def measure(name: str, hidden: int, batch: int, peak: float, repetitions: int, device: torch.device) -> dict[str, Any]:
-    """All methods at one point."""
+def measure(
+    name: str, hidden: int, batch: int, peak: float, repetitions: int, longest: float, device: torch.device
+) -> dict[str, Any]:
+    """All methods at one point; those that take more than ``longest`` seconds a repetition are left out, and said."""
     point = Point(name, hidden, batch, device)
     labels: dict[str, tuple[Callable[[], object], int]] = {"BPTT": (point.windows(BPTT(), hidden), hidden)}
     row: dict[str, Any] = {"cell": name, "n": hidden, "batch": batch}
@@ -69,7 +70,7 @@ def measure(name: str, hidden: int, batch: int, peak: float, repetitions: int, d
         steps = window if window > 8 else 2 * window if window > 1 else 4
         cost = algorithm.forecast(point.cell, batch, torch.float32, window)
         expected = cost.operations_per_token * batch * steps / (0.3 * peak)
-        if expected > LONGEST:
+        if expected > longest:
             row[f"RTRL({window})"] = f"left out: about {expected:.0f} s a repetition"
             continue
         try:
@@ -78,12 +79,12 @@ def measure(name: str, hidden: int, batch: int, peak: float, repetitions: int, d
             row[f"RTRL({window})"] = f"refused: {refusal}"
     if hidden <= 128:
         labels["naive"] = (point.naive(2), 2)
-    for label in [la for la, (run, _) in labels.items() if seconds(run, device) > LONGEST]:
-        row[label] = f"left out: over {LONGEST:.0f} s a repetition"
+    for label in [la for la, (run, _) in labels.items() if seconds(run, device) > longest]:
+        row[label] = f"left out: over {longest:.0f} s a repetition"
         del labels[label]
     slow = sum(seconds(run, device) for run, _ in labels.values())
-    count = max(3, min(repetitions, int(60 / max(slow, 1e-3))))
-    times = interleaved([run for run, _ in labels.values()], count, device)
+    count = max(3, min(repetitions, int(5 * longest / max(slow, 1e-3))))
+    times = interleaved([run for run, _ in labels.values()], count, device, warm_up=0)
     token = {la: [t / steps for t in ts] for (la, (_, steps)), ts in zip(labels.items(), times, strict=True)}
     whole = f"RTRL({hidden})"
     for label, values in token.items():
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--longest", type=float, default=10.0, help="seconds of one repetition at most")
     parser.add_argument("--quick", action="store_true", help="n = 64 and 128, B = 8 alone")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -157,7 +159,7 @@ def main() -> None:
     sizes = [(64, 8), (128, 8)] if arguments.quick else [(n, b) for n in (32, 64, 128, 256) for b in (8, 32)]
     rows = []
     for name, hidden, batch in tqdm([(c, n, b) for n, b in sizes for c in CELLS]):
-        rows.append(measure(name, hidden, batch, peak, arguments.repetitions, device))
+        rows.append(measure(name, hidden, batch, peak, arguments.repetitions, arguments.longest, device))
         tqdm.write(describe(rows[-1]))
     updates = [influence_update(n, 8, arguments.repetitions, device) for n in (64, 128)]
     for update in updates:
