@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from torch import nn
 
 from benchmarks.common import ratio, write
@@ -86,7 +86,7 @@ def lightning_loop(cell: type[Cell], gradient: GradientAlgorithm) -> float:
             limit_val_batches=0,
             enable_checkpointing=False,
             enable_model_summary=False,
-            callbacks=[clock],
+            callbacks=[clock, TQDMProgressBar(refresh_rate=10)],
         )
         model = SequenceModule(cell(3, HIDDEN), 2, gradient, optimizer=adam)
         trainer.fit(model, datamodule=make_data(gradient))

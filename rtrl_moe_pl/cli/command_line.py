@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import rtrl_moe_pl.cells  # short class names in YAML are those of imported classes
@@ -120,6 +120,8 @@ class CommandLine(LightningCLI):
         callbacks = list(config.trainer.callbacks or [])
         if config.trainer.enable_checkpointing is not False:
             callbacks += [config.checkpoint, LastCheckpoint()]
+        if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(TQDMProgressBar(refresh_rate=10))  # the same bar in every environment
         if self.config.subcommand == "predict":
             callbacks.append(PredictionWriter())
         if config.trainer.strategy == "auto" and count_processes(config.trainer) > 1:
