@@ -111,7 +111,8 @@ def draw_recall(found: dict[str, Any]) -> None:
         for i, row in enumerate(r for r in found["results"] if r["run"] == name):
             steps, values = zip(*row["curve"], strict=True)
             label = name.removeprefix("recall ") if i == 0 else None
-            axes.plot(steps, values, color=colour, label=label, marker="o", markersize=3)
+            dotted = {"linestyle": ":", "linewidth": 3.5, "zorder": 3} if "BPTT" in name else {}
+            axes.plot(steps, values, color=colour, label=label, marker="o", markersize=3, **dotted)
     axes.axhline(0.25, color="grey", linestyle="--", linewidth=1)
     axes.annotate("chance", (0, 0.26), color="grey", fontsize=8)
     axes.set(xlabel="optimizer steps", ylabel="validation accuracy", ylim=(0, 1.03))
@@ -149,7 +150,6 @@ def main() -> None:
     page = PAGE.read_text()
     for name, table in (
         ("step_time_cpu_1", step_table),
-        ("step_time_cpu_2", step_table),
         ("learning", learning_table),
         ("constant_memory", memory_table),
     ):
