@@ -73,6 +73,7 @@ CASES = [
     ("no checkpoint", ["--ckpt_path", "gone.ckpt"], ["--ckpt_path", "no file gone.ckpt"]),
     ("no last checkpoint", ["--ckpt_path", "last"], ["--ckpt_path last", "no complete checkpoint"]),
     ("folder", ["--trainer.default_root_dir", "config.yaml/runs"], ["trainer.default_root_dir", "config.yaml/runs"]),
+    ("threads", ["--threads", "0"], ["threads must be at least 1", "got 0"]),
     ("device", ["--trainer.devices", "many"], ["trainer.devices", "many"]),
 ]
 

@@ -204,6 +204,15 @@ def test_audit_of_whole_sequences(here: Path, capsys: pytest.CaptureFixture[str]
     assert "4 lanes x 30 steps with" in capsys.readouterr().out
 
 
+def test_threads(here: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert run("fit", "--threads", "2") == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_debug_shows_the_traceback(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fit", "--model.gradient.window", "0", "--debug") == 1
     captured = capsys.readouterr().err

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from torch import Tensor
 
@@ -124,6 +123,5 @@ def test_anbn_long_is_right_at_two_and_four_times_the_length(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_anbn_rtrl_learns(tmp_path: Path) -> None:
     """The first configuration of the README, to the end: 800 steps, well under three minutes."""
-    torch.set_num_threads(1)
     assert main(["fit", "--config", str(CONFIGS / "anbn_rtrl.yaml"), "--trainer.enable_progress_bar", "false"]) == 0
     assert accuracies(tmp_path)["val/accuracy"] >= 0.995

@@ -85,6 +85,12 @@ class CommandLine(LightningCLI):
         return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--threads",
+            type=int | None,
+            default=None,
+            help="CPU threads of a tensor operation; null: torch's own.",
+        )
         parser.add_class_arguments(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -114,6 +120,13 @@ class CommandLine(LightningCLI):
 
     def audit(self, **arguments: Any) -> None:
         self.status = 0 if self.trainer.audit(**arguments) else 1  # type: ignore[attr-defined]
+
+    def before_instantiate_classes(self) -> None:
+        threads = self.config[self.config.subcommand].threads
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(f"threads must be at least 1, or null for torch's own number, got {threads}")
+            torch.set_num_threads(threads)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.config.subcommand]
