@@ -115,6 +115,8 @@ class CommandLine(LightningCLI):
             if config.ckpt_path == "last":
                 config.ckpt_path = str(newest_readable(Path(root)))
                 print(f"--ckpt_path last: {config.ckpt_path}")
+            elif config.ckpt_path is None and self.config.subcommand != "fit":
+                print("no --ckpt_path: these are the weights of an untrained model")
             elif config.ckpt_path is not None and "://" not in config.ckpt_path:
                 require_readable(Path(config.ckpt_path))
 

@@ -62,6 +62,7 @@ class SequenceModule(ManualModule):
         self.gradient = gradient
         self.loss = WeightedCrossEntropy() if loss is None else loss
         self.evaluations = nn.ModuleList()  # one per evaluation loader
+        self._evaluation_names: list[str] = []
         self._memory: Memory | None = None  # not a buffer: other processes carry other lanes
         self._restored: dict[str, Any] | None = None
         self._figures = TrainingFigures()
@@ -145,13 +146,12 @@ class SequenceModule(ManualModule):
 
     # ---- evaluation
 
-    def _evaluation_names(self) -> list[str]:
-        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
-        return [""] if names is None else list(names)
-
     def _start_evaluation(self) -> None:
-        names = self._evaluation_names()
-        self.evaluations = nn.ModuleList(EvaluationFigures() for _ in names).to(self.device)
+        trainer: Any = self.trainer
+        loaders = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        unnamed = ["", *map(str, range(1, len(loaders)))]
+        self._evaluation_names = list(getattr(trainer.datamodule, "validation_names", unnamed))
+        self.evaluations = nn.ModuleList(EvaluationFigures() for _ in loaders).to(self.device)
 
     def on_validation_start(self) -> None:
         self._start_evaluation()
@@ -169,7 +169,7 @@ class SequenceModule(ManualModule):
         outputs = self(batch.inputs, batch.starts)
         labels, weights = batch.targets
         weight = weights.sum()
-        name = self._evaluation_names()[loader]
+        name = self._evaluation_names[loader]
         evaluation = self.evaluations[loader]
         assert isinstance(evaluation, EvaluationFigures)
         evaluation.accuracy.update(correct(outputs, labels), weights)

@@ -129,6 +129,17 @@ def test_validation_counts_weighted_steps_only(tmp_path: Path) -> None:
     assert got["val/accuracy"] == pytest.approx(right / asked)
 
 
+def test_loaders_without_names_are_numbered(tmp_path: Path) -> None:
+    loaders = [loader((3, True)), loader((2, True))]
+    got = trainer(tmp_path, limit_val_batches=1.0).validate(module(), loaders, verbose=False)
+    assert {name for figures in got for name in figures} == {
+        "val/accuracy",
+        "val/loss",
+        "val/accuracy_1",
+        "val/loss_1",
+    }
+
+
 def test_validation_leaves_the_carry_alone(tmp_path: Path) -> None:
     results = []
     for limit in (0, 1.0):
