@@ -19,15 +19,21 @@ class TrainingFigures:
     """Loss, accuracy and speed of the batches since they were last read: this process's, not those of all ranks."""
 
     def __init__(self) -> None:
-        self.resume_clock()
+        self.clear()
 
-    def resume_clock(self) -> None:
-        """Begin anew, without the time that passed since the last batch."""
+    def clear(self) -> None:
         self._loss: Tensor | float = 0.0
         self._correct: Tensor | float = 0.0
         self._weight: Tensor | float = 0.0
         self._tokens = 0
         self._began = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop the clock, until ``resume``."""
+        self._paused = time.perf_counter()
+
+    def resume(self) -> None:
+        self._began += time.perf_counter() - self._paused
 
     def add(self, result: WindowResult, targets: tuple[Tensor, ...], weight: Tensor) -> None:
         labels, weights = targets
@@ -43,7 +49,7 @@ class TrainingFigures:
         if weight > 0:
             figures["train/loss"] = float(self._loss) / weight
             figures["train/accuracy"] = float(self._correct) / weight
-        self.resume_clock()
+        self.clear()
         return figures
 
 

@@ -82,10 +82,7 @@ class SequenceModule(ManualModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self._figures.resume_clock()
-
-    def on_validation_end(self) -> None:
-        self._figures.resume_clock()  # validation is not counted in tokens per second
+        self._figures.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         inputs, targets, starts = batch.inputs, tuple(batch.targets), batch.starts  # a DataLoader makes lists of tuples
@@ -154,7 +151,11 @@ class SequenceModule(ManualModule):
         self.evaluations = nn.ModuleList(EvaluationFigures() for _ in loaders).to(self.device)
 
     def on_validation_start(self) -> None:
+        self._figures.pause()  # validation is not counted in tokens per second
         self._start_evaluation()
+
+    def on_validation_end(self) -> None:
+        self._figures.resume()
 
     def on_test_start(self) -> None:
         self._start_evaluation()
