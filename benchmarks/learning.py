@@ -31,7 +31,7 @@ from rtrl_moe_pl.sensitivities import DenseSensitivity, Sensitivity
 
 ROOT = Path(__file__).parent.parent
 WHOLE = ["--data.layout", "sequences", "--model.gradient", "BPTT"]
-HELD = ["--model.gradient", "benchmarks.learning.RTRLWithoutInfluence", "--model.gradient.window", "5"]
+HELD = ["--model.gradient", "benchmarks.learning.RTRLWithoutInfluence", "--model.gradient.window", "8"]
 RUNS: dict[str, tuple[str, list[str]]] = {
     "anbn RTRL, GRU": ("anbn_rtrl", []),
     "anbn RTRL, LSTM": ("anbn_lstm", []),

@@ -116,7 +116,7 @@ def draw_recall(found: dict[str, Any]) -> None:
     axes.axhline(0.25, color="grey", linestyle="--", linewidth=1)
     axes.annotate("chance", (0, 0.26), color="grey", fontsize=8)
     axes.set(xlabel="optimizer steps", ylabel="validation accuracy", ylim=(0, 1.03))
-    axes.set_title("Delayed recall, gaps 12 to 20, windows of 5 steps (three seeds)", fontsize=10)
+    axes.set_title("Delayed recall, gaps 20 to 40, windows of 8 steps (three seeds)", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="center right")
     figure.savefig(RESULTS / "recall.png", dpi=150)
 
