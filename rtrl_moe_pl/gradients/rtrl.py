@@ -102,10 +102,11 @@ class RTRL(GradientAlgorithm):
     ) -> WindowResult:
         starts = with_fresh_start(self, memory, inputs, targets, starts)
         starting = starting_steps(starts, inputs.shape[1])
+        parameters = recurrent_parameters(cell)
         linearizer = memory.linearizer
         if linearizer is None:
-            linearizer = memory.linearizer = Linearizer(cell, recurrent_parameters(cell))
-        linearizer.require_same_cell(cell, recurrent_parameters(cell))
+            linearizer = memory.linearizer = Linearizer(cell, parameters)
+        linearizer.require_same_cell(cell, parameters)
         initial: Tensor | None = None
         if any(starting):
             with torch.enable_grad():

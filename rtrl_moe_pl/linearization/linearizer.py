@@ -68,7 +68,7 @@ class Linearizer:
             return dict.fromkeys(self.trainable, "window")
         if self._plan is None:
             return {}
-        tapped = {name for weight, bias, *_ in self._signature for name in (weight, bias)}
+        tapped = {name for weight, bias, *_ in self._plan.signature for name in (weight, bias)}
         result = {}
         for name in self.trainable:
             ways = [
@@ -87,11 +87,6 @@ class Linearizer:
     def is_sparse(self) -> bool | None:
         """Whether the cell's own derivatives are compressed by colouring; None before the first window."""
         return None if self._plan is None else self._plan.patterns is not None
-
-    @property
-    def _signature(self) -> tuple[tuple[str | None, ...], ...]:
-        assert self._plan is not None
-        return self._plan.signature  # type: ignore[return-value]
 
     def needs_graph(self) -> bool:
         """Whether windows must be run with their graph, because they will be differentiated as they ran."""

@@ -54,11 +54,6 @@ class Pattern:
         return self.row_of >= 0
 
     @cached_property
-    def gather_rows(self) -> Tensor:
-        """``row_of`` with -1 replaced by 0, for use as an index."""
-        return self.row_of.clamp(min=0)
-
-    @cached_property
     def runs(self) -> list[list[Run]]:
         """For each colour, its columns as maximal runs of consecutive rows."""
         result = []

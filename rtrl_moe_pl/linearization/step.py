@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rtrl_moe_pl.linearization.sparse import (
-    Pattern,
-    SparseJacobian,
-)
+from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian
 from rtrl_moe_pl.linearization.taps import Tap, TapRecorder
 
 Jacobian = SparseJacobian | Tensor  # dense: [N, V, U]
@@ -50,7 +48,7 @@ class Plan:
         batched: whether those may go through vmap.
     """
 
-    signature: tuple[object, ...]
+    signature: tuple[tuple[Any, ...], ...]
     per_row: frozenset[str] = frozenset()
     untapped: frozenset[str] = frozenset()
     patterns: list[list[Pattern]] | None = None
@@ -283,6 +281,7 @@ def _constant(jacobian: SparseJacobian) -> bool:
 
 
 def require_close(found: Tensor, expected: Tensor) -> None:
+    """Raise PlanMismatch if two tensors differ by more than rounding, on the scale of the largest expected entry."""
     if not expected.numel():
         return
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(expected.dtype, 5e-2)
@@ -299,5 +298,4 @@ def batched_vjp(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, ba
 
     if batched:
         return list(torch.func.vmap(pull)(cotangents))
-    columns: list[Callable[..., object] | tuple[Tensor, ...]] = [pull(c) for c in cotangents]
-    return [torch.stack(parts) for parts in zip(*columns, strict=True)]  # type: ignore[arg-type]
+    return [torch.stack(parts) for parts in zip(*map(pull, cotangents), strict=True)]
