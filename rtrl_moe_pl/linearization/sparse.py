@@ -106,6 +106,16 @@ class Pattern:
         return Pattern(self.row_of.to(device), self.rows)
 
 
+def patterns_indicator(patterns: Sequence[Pattern], colour: int) -> Tensor:
+    """1 for the sink's rows of this colour, [V]."""
+    first = patterns[0]
+    indicator = torch.zeros(first.rows, device=first.row_of.device)
+    for pattern in patterns:
+        rows = pattern.row_of[colour]
+        indicator[rows[rows >= 0]] = 1.0
+    return indicator
+
+
 @dataclass
 class SparseJacobian:
     """Values of a Jacobian [N, V, U] with a known pattern: ``values[c][n, u]`` at row ``pattern.row_of[c, u]``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian
+from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian, patterns_indicator
 from rtrl_moe_pl.linearization.taps import Tap, TapRecorder
 
 Jacobian = SparseJacobian | Tensor  # dense: [N, V, U]
@@ -255,16 +255,6 @@ class StepLinearizer:
         if copies == 1:
             return weight
         return torch.kron(torch.eye(copies, dtype=weight.dtype, device=weight.device), weight)
-
-
-def patterns_indicator(patterns: Sequence[Pattern], colour: int) -> Tensor:
-    """1 for the sink's rows of this colour, [V]."""
-    first = patterns[0]
-    indicator = torch.zeros(first.rows, device=first.row_of.device)
-    for pattern in patterns:
-        rows = pattern.row_of[colour]
-        indicator[rows[rows >= 0]] = 1.0
-    return indicator
 
 
 def _times(total: Jacobian, weight: Tensor) -> Tensor:
