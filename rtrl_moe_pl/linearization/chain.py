@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,95 +55,124 @@ def sweep(
     Cost: k B S^3 multiply-adds; k small steps in sequence, all else is batched over the window.
     """
     steps, batch, size = loss_cotangents.shape
-    back = _diagonal_step(derivatives, steps, batch, size, workspace)
+    back: _Step | None = _diagonal_step(derivatives, loss_cotangents, workspace)
     keys = {jacobian_key(jacobian): jacobian for _, jacobian in derivatives.taps}
     if back is None:
         back = _MatrixStep(transition_matrices(derivatives, steps, batch, loss_cotangents, workspace))
     keep_states |= bool(keys.keys() - back.taps.keys())
     kept = steps + 1 if keep_states else 2  # a ring; kept whole, [0] is the window's start
     ring = workspace.empty("states", (kept, batch, size, size), loss_cotangents)
-    state = ring[steps % kept]
-    state.zero_().diagonal(dim1=1, dim2=2).fill_(1.0)
-    # losses[t + 1] belongs to the state that step t returned, [0] to the window's start
-    losses = torch.cat([torch.zeros_like(loss_cotangents[:1]), loss_cotangents])
+    states = ring.unbind(0)
+    states[steps % kept].zero_().diagonal(dim1=1, dim2=2).fill_(1.0)
+    # losses[t + 1] belongs to the state that step t returned, [0] to the window's start; as rows [B, 1, S]
+    every_loss = torch.cat([torch.zeros_like(loss_cotangents[:1]), loss_cotangents])
+    losses = every_loss.unsqueeze(2).unbind(0)
     initial, initial_loss = None, None
     for t in reversed(range(steps)):
-        earlier = ring[t % kept]
-        back(t, state, earlier)
-        loss = back.vector(t, losses[t + 1])
-        state = earlier
+        earlier = states[t % kept]
+        back.states(t, states[(t + 1) % kept], earlier)
         if starting[t]:
             assert starts is not None
-            here = starts[:, t, None]
-            taken, taken_loss = torch.where(here[..., None], state, 0.0), torch.where(here, loss, 0.0)
+            here = starts[:, t, None, None]
+            loss = torch.zeros_like(losses[t])
+            back.add_loss(t, losses[t + 1], loss)
+            taken, taken_loss = torch.where(here, earlier, 0.0), torch.where(here, loss, 0.0)[:, 0]
             initial = taken if initial is None else initial + taken
             initial_loss = taken_loss if initial_loss is None else initial_loss + taken_loss
-            state.masked_fill_(here[..., None], 0.0)
-            loss = loss.masked_fill(here, 0.0)
-        if t % FLUSH_EVERY == 0:
-            copy_flushed(state, state)
-        losses[t] += loss
-    states = ring[1:] if keep_states else None
-    taps: dict[Key, Cotangents] = {}
-    for key, jacobian in keys.items():
-        if key in back.taps:
-            assert isinstance(jacobian, SparseJacobian)
-            from_loss = jacobian.times_left(losses[1:].flatten(0, 1)).unflatten(0, (steps, batch))
-            taps[key] = StoredCotangents(back.taps[key], from_loss)
+            earlier.masked_fill_(here, 0.0)
+            losses[t].add_(loss.masked_fill_(here, 0.0))
         else:
-            assert states is not None
-            taps[key] = tap_cotangents(jacobian, states, losses[1:], f"tap {len(taps)}", workspace)
-    return Sweep(states, losses[1:], state, losses[0], initial, initial_loss, taps)
+            back.add_loss(t, losses[t + 1], losses[t])
+        if t % FLUSH_EVERY == 0:
+            copy_flushed(earlier, earlier)
+    later = ring[1:] if keep_states else None
+    taps: dict[Key, Cotangents] = dict(back.taps)
+    for key, jacobian in keys.items():
+        if key not in taps:
+            assert later is not None
+            taps[key] = tap_cotangents(jacobian, later, every_loss[1:], f"tap {len(taps)}", workspace)
+    return Sweep(later, every_loss[1:], states[0], every_loss[0], initial, initial_loss, taps)
+
+
+class _Step(Protocol):
+    """One step back, with the taps' cotangents that were met on the way."""
+
+    taps: dict[Key, StoredCotangents]
+
+    def states(self, t: int, later: Tensor, earlier: Tensor) -> None:
+        """Write the cotangents of the state that step ``t`` was given, from those of what it returned: [B, S, S]."""
+        ...
+
+    def add_loss(self, t: int, later: Tensor, earlier: Tensor) -> None:
+        """Add the loss's part to what is in ``earlier``: [B, 1, S]."""
+        ...
 
 
 class _MatrixStep:
-    """One step back by the matrix ds'/ds: for any cell."""
+    """By the matrix ds'/ds: for any cell."""
 
     def __init__(self, transitions: Tensor) -> None:
-        self.transitions = transitions.permute(1, 2, 3, 0)  # [k, B, S, S], transposed
-        self.taps: dict[Key, Tensor] = {}
+        flipped = transitions.permute(1, 2, 3, 0)  # [k, B, S, S], transposed
+        self.flipped, self.transitions = flipped.unbind(0), flipped.transpose(2, 3).unbind(0)
+        self.taps: dict[Key, StoredCotangents] = {}
 
-    def __call__(self, t: int, later: Tensor, earlier: Tensor) -> None:
-        torch.bmm(self.transitions[t], later, out=earlier)
+    def states(self, t: int, later: Tensor, earlier: Tensor) -> None:
+        torch.bmm(self.flipped[t], later, out=earlier)
 
-    def vector(self, t: int, later: Tensor) -> Tensor:
-        return torch.bmm(later[:, None], self.transitions[t].transpose(1, 2))[:, 0]
+    def add_loss(self, t: int, later: Tensor, earlier: Tensor) -> None:
+        earlier.baddbmm_(later, self.transitions[t])
 
 
-class _DiagonalStep:
-    """One step back where ds'/ds = diag(T) W + diag(a): the tap's cotangents are on the way, and W is shared."""
+class _TapStep:
+    """Where ds'/ds = diag(T) W + diag(a): the tap's cotangents are on the way, and W is shared by all rows."""
 
-    def __init__(
-        self, scale: Tensor | None, weight: Tensor | None, direct: Tensor | None, taps: dict[Key, Tensor], steps: int
-    ) -> None:
-        self.scale = None if scale is None else scale.view(steps, -1, scale.shape[1])
-        self.direct = None if direct is None else direct.view(steps, -1, direct.shape[1])
-        self.weight = weight  # [S, S]
-        self.taps = taps
-        self.out = next(iter(taps.values()), None)
+    def __init__(self, scale: Tensor, weight: Tensor, direct: Tensor | None, tap: Key, out: StoredCotangents) -> None:
+        steps, batch, size = out.shape
+        self.scale, self.scale_row = _columns_and_rows(scale, steps)
+        self.direct = None if direct is None else _columns_and_rows(direct, steps)
+        self.weight = weight.expand(batch, size, size)
+        self.flipped = self.weight.transpose(1, 2)
+        self.out, self.out_loss = out.values.unbind(0), out.loss.unsqueeze(2).unbind(0)
+        self.taps = {tap: out}
 
-    def __call__(self, t: int, later: Tensor, earlier: Tensor) -> None:
-        if self.scale is None or self.weight is None or self.out is None:
-            assert self.direct is not None
-            torch.mul(later, self.direct[t, :, :, None], out=earlier)
-            return
-        torch.mul(later, self.scale[t, :, :, None], out=self.out[t])
-        torch.bmm(self.weight.T.expand(later.shape[0], -1, -1), self.out[t], out=earlier)
+    def states(self, t: int, later: Tensor, earlier: Tensor) -> None:
+        torch.mul(later, self.scale[t], out=self.out[t])
+        torch.bmm(self.flipped, self.out[t], out=earlier)
         if self.direct is not None:
-            earlier.addcmul_(later, self.direct[t, :, :, None])
+            earlier.addcmul_(later, self.direct[0][t])
 
-    def vector(self, t: int, later: Tensor) -> Tensor:
-        if self.scale is None or self.weight is None:
-            assert self.direct is not None
-            return later * self.direct[t]
-        earlier = (later * self.scale[t]) @ self.weight
-        return earlier if self.direct is None else earlier.addcmul_(later, self.direct[t])
+    def add_loss(self, t: int, later: Tensor, earlier: Tensor) -> None:
+        torch.mul(later, self.scale_row[t], out=self.out_loss[t])
+        earlier.baddbmm_(self.out_loss[t], self.weight)
+        if self.direct is not None:
+            earlier.addcmul_(later, self.direct[1][t])
+
+
+class _ElementwiseStep:
+    """Where ds'/ds = diag(a)."""
+
+    def __init__(self, direct: Tensor, steps: int) -> None:
+        self.direct, self.direct_row = _columns_and_rows(direct, steps)
+        self.taps: dict[Key, StoredCotangents] = {}
+
+    def states(self, t: int, later: Tensor, earlier: Tensor) -> None:
+        torch.mul(later, self.direct[t], out=earlier)
+
+    def add_loss(self, t: int, later: Tensor, earlier: Tensor) -> None:
+        earlier.addcmul_(later, self.direct_row[t])
+
+
+def _columns_and_rows(factor: Tensor, steps: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Views of a factor [N, S] for every step: [B, S, 1] and [B, 1, S]."""
+    parts = factor.unflatten(0, (steps, -1))
+    return parts.unsqueeze(3).unbind(0), parts.unsqueeze(2).unbind(0)
 
 
 def _diagonal_step(
-    derivatives: StepDerivatives, steps: int, batch: int, size: int, workspace: Workspace
-) -> _DiagonalStep | None:
-    """The cheaper step where the cell allows it."""
+    derivatives: StepDerivatives, like: Tensor, workspace: Workspace
+) -> _TapStep | _ElementwiseStep | None:
+    """The cheaper step where the cell allows it; ``like`` [k, B, S]."""
+    steps, batch, size = like.shape
     through = [(j, w) for j, w in derivatives.sparse if w is not None]
     direct = [j for j, w in derivatives.sparse if w is None]
     jacobians = [j for j, _ in through] + direct
@@ -150,11 +180,13 @@ def _diagonal_step(
         return None
     factor = direct[0].values[0] if direct else None
     if not through:
-        return _DiagonalStep(None, None, factor, {}, steps) if direct else None
+        return None if factor is None else _ElementwiseStep(factor, steps)
     jacobian, weight = through[0]
     assert weight is not None
-    out = workspace.empty("tap on the way", (steps, batch, size, size), weight)
-    return _DiagonalStep(jacobian.values[0], weight, factor, {jacobian_key(jacobian): out}, steps)
+    out = workspace.empty("tap on the way", (steps, batch, size, size), like)
+    return _TapStep(
+        jacobian.values[0], weight, factor, jacobian_key(jacobian), StoredCotangents(out, torch.empty_like(like))
+    )
 
 
 def transition_matrices(

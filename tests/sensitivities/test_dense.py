@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -46,11 +48,15 @@ class TestDenseSensitivity(SensitivityCase):
         assert made.nbytes == BATCH * SIZE * reached * 8
 
     def test_written_in_place(self) -> None:
+        """One piece of memory for good, larger than P by no more than its largest tile."""
         made = self.make()
         made.advance(everything())
-        places = [tile.data_ptr() for tiles in made._blocks.values() for tile in tiles]
-        made.advance(everything())
-        assert places == [tile.data_ptr() for tiles in made._blocks.values() for tile in tiles]
+        memory = made._matrix.values.untyped_storage()
+        largest = max(values.nbytes for _, values in made._matrix.tiles())
+        assert memory.nbytes() == made.nbytes + largest
+        for _ in range(3):
+            made.advance(everything())
+            assert made._matrix.values.untyped_storage().data_ptr() == memory.data_ptr()
 
     def test_other_batch(self) -> None:
         made = self.make()
@@ -92,11 +98,12 @@ class TestManyTiles(TestDenseSensitivity):
     def test_tiles(self) -> None:
         made = self.make()
         made.advance(everything())
-        assert {len(tiles) for tiles in made._blocks.values()} == {5, 2, 12, 1}
+        count = Counter(tile.block for tile, _ in made._matrix.tiles())
+        assert set(count.values()) == {5 * BATCH, 2 * BATCH, 12 * BATCH, BATCH}
 
 
 class TestUnevenTiles(TestDenseSensitivity):
-    """Tiles of three rows and two, two lanes at a time."""
+    """Tiles of three rows and two, one lane at a time."""
 
     @pytest.fixture(autouse=True)
     def _uneven(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +112,8 @@ class TestUnevenTiles(TestDenseSensitivity):
     def test_tiles(self) -> None:
         made = self.make()
         made.advance(everything())
-        tiles = next(tiles for block, tiles in made._blocks.items() if block.rows == 5)
-        assert [tile.shape[2] for tile in tiles] == [3, 2]
+        tiles = [values for tile, values in made._matrix.tiles() if tile.block.rows == 5]
+        assert [tile.shape[2] for tile in tiles] == [3, 2] * BATCH
 
 
 def test_tilings_agree(monkeypatch: pytest.MonkeyPatch) -> None:
