@@ -43,13 +43,15 @@ class Point:
         self.hidden, self.batch = hidden, batch
         self.cell = CELLS[name](INPUTS, hidden).to(device)
         self.readout = nn.Linear(int(self.cell.state_size), OUTPUTS).to(device)  # type: ignore[arg-type]
-        self.inputs = torch.randn(batch, hidden, INPUTS, device=device)
-        self.targets = torch.randn(batch, hidden, OUTPUTS, device=device)
+        longest = RTRL(window=hidden).chunk_for(self.cell)
+        self.inputs = torch.randn(batch, longest, INPUTS, device=device)
+        self.targets = torch.randn(batch, longest, OUTPUTS, device=device)
 
     def windows(self, algorithm: GradientAlgorithm, steps: int) -> Callable[[], object]:
         """Run ``steps`` steps of the stream, carrying on from wherever it is."""
         memory = algorithm.init(self.cell, self.batch, self.inputs.device)
         memory.fresh = False
+        assert steps <= self.inputs.shape[1]
         x, y = self.inputs[:, :steps], self.targets[:, :steps]
         return lambda: algorithm.run(self.cell, self.readout, x, y, squared_error, memory)
 
@@ -67,8 +69,8 @@ def measure(
     row: dict[str, Any] = {"cell": name, "n": hidden, "batch": batch}
     for window in sorted({1, 8, hidden // 2, hidden}):
         algorithm = RTRL(window=window)
-        steps = window if window > 8 else 2 * window if window > 1 else 4
-        cost = algorithm.forecast(point.cell, batch, torch.float32, window)
+        steps = max(algorithm.chunk_for(point.cell) // window, 1) * window  # one advance of P in every repetition
+        cost = algorithm.forecast(point.cell, batch, torch.float32, steps)
         expected = cost.operations_per_token * batch * steps / (0.3 * peak)
         if expected > longest:
             row[f"RTRL({window})"] = f"left out: about {expected:.0f} s a repetition"
@@ -93,7 +95,8 @@ def measure(
             entry["over_bptt"] = ratio(values, token["BPTT"])
         if label.startswith("RTRL"):
             window = int(label[5:-1])
-            operations = RTRL(window=window).forecast(point.cell, batch, torch.float32, window).operations_per_token
+            steps = labels[label][1]
+            operations = RTRL(window=window).forecast(point.cell, batch, torch.float32, steps).operations_per_token
             entry["share_of_peak"] = operations * batch / statistics.median(values) / peak
         if label == "naive" and whole in token:
             entry["over_rtrl"] = ratio(values, token[whole])
@@ -117,7 +120,7 @@ def influence_update(hidden: int, batch: int, repetitions: int, device: torch.de
         def _sensitivity(shapes: dict[str, torch.Size], state: Tensor) -> Spy:
             return Spy(shapes, state.shape[0], state.shape[1], state.dtype, state.device)
 
-    run = point.windows(SpyRTRL(window=hidden), hidden)
+    run = point.windows(SpyRTRL(window=hidden, chunk=hidden), hidden)
     run()
     sensitivity, linearization = kept[0]
     turn = torch.linalg.qr(torch.randn(batch, hidden, hidden)).Q.to(device)  # keeps P at its size

@@ -148,10 +148,10 @@ class GradientAlgorithm(ABC):
         )
 
 
-def checked_window(window: int) -> int:
+def checked_window(window: int, name: str = "window") -> int:
     """The window, or ValueError for anything but a whole number of steps."""
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window must be a whole number of steps, at least 1; got {window!r}")
+        raise ValueError(f"{name} must be a whole number of steps, at least 1; got {window!r}")
     return window
 
 
@@ -207,7 +207,7 @@ def with_fresh_start(
             f"got {batch} lanes, but the carried state and influence are of {memory.batch_size}: "
             "the batch size must stay the same while a memory is carried (drop a smaller last batch)"
         )
-    if algorithm.carries_influence == isinstance(memory.sensitivity, ZeroSensitivity):
+    if algorithm.carries_influence == isinstance(memory.base, ZeroSensitivity):
         raise ValueError(f"this memory was made by another algorithm: use {algorithm}.init")
     if not memory.fresh:
         return starts

@@ -4,36 +4,53 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rtrl_moe_pl.linearization import Linearizer
+from rtrl_moe_pl.linearization import Linearizer, Tail
 from rtrl_moe_pl.sensitivities import Sensitivity
 
 
-@dataclass
 class Memory:
     """State and influence of B persistent lanes, owned by the caller.
 
     Args:
         state: [B, S], without a graph.
-        sensitivity: the influence of the parameters on it.
+        base: the influence of the parameters on the state that the tail began with.
         fresh: the next step is a start for every lane (nothing has been seen yet).
         linearizer: how the cell is differentiated; found anew after loading, so not saved.
+
+    Attributes:
+        tail: the latest steps, which ``base`` does not cover yet; None if there never were any.
     """
 
-    state: Tensor
-    sensitivity: Sensitivity
-    fresh: bool = True
-    linearizer: Linearizer | None = field(default=None, repr=False)
+    def __init__(
+        self, state: Tensor, base: Sensitivity, fresh: bool = True, linearizer: Linearizer | None = None
+    ) -> None:
+        self.state, self.base, self.fresh, self.linearizer = state, base, fresh, linearizer
+        self.tail: Tail | None = None
 
     @property
     def batch_size(self) -> int:
         return self.state.shape[0]
+
+    @property
+    def sensitivity(self) -> Sensitivity:
+        """The influence of the parameters on the state as it is now: multiplies the tail out, if there is one."""
+        self.settle()
+        return self.base
+
+    def settle(self) -> None:
+        """Let ``base`` cover the tail. Done at any time it changes nothing but rounding."""
+        if self.tail is not None and len(self.tail):
+            assert self.linearizer is not None
+            no_loss = torch.zeros_like(self.state)[None]
+            self.base.advance(self.linearizer.multiply_out(self.tail, no_loss))
+            self.tail.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
         """A copy for another copy of the cell: how that one is differentiated is found anew."""
@@ -41,7 +58,8 @@ class Memory:
 
     def reset(self) -> None:
         """Forget everything, keeping what is allocated: the next step is a start."""
-        self.sensitivity.zero_()
+        self._forget_tail()
+        self.base.zero_()
         self.fresh = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,7 +79,12 @@ class Memory:
             )
         self.state = saved["state"].to(self.state)
         self.fresh = bool(saved["fresh"])
-        self.sensitivity.load_state_dict(saved["sensitivity"])
+        self._forget_tail()
+        self.base.load_state_dict(saved["sensitivity"])
+
+    def _forget_tail(self) -> None:
+        if self.tail is not None:
+            self.tail.clear()
 
 
 class MemoryForecastError(ValueError):

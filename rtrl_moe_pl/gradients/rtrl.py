@@ -23,27 +23,35 @@ from rtrl_moe_pl.gradients.memory import (
     recurrent_parameters,
 )
 from rtrl_moe_pl.gradients.windows import LossFunction, Targets, evaluate_loss, read_out, starting_steps, unroll
-from rtrl_moe_pl.linearization import Linearizer, WindowLinearization, refuse_batch_norm
+from rtrl_moe_pl.linearization import Linearizer, Steps, Tail, WindowLinearization, refuse_batch_norm
 from rtrl_moe_pl.sensitivities import DenseSensitivity, Sensitivity
 
 
-def longest_segment(state_size: int, is_sparse: bool | None = True) -> int:
-    """Steps linearized at once: a longer window is cut, at no loss, which bounds the workspace by about P.
+def cheapest_chunk(state_size: int, window: int, is_sparse: bool | None = True) -> int:
+    """Steps between two advances of P: many make them rare, but each window's loss goes back through all since.
+
+    Bounded so that a chunk's cotangents and Jacobians take about the room of P; below that, S / 2 windows, where
+    both costs are about the same (measured at S = 64 and 128).
 
     Args:
         is_sparse: whether the cell's derivatives are compressed; dense ones take more room a step. None: not known.
     """
-    return max(2 * state_size, 64) if is_sparse else max(state_size // 4, 8)
+    longest = max(2 * state_size, 64) if is_sparse else max(state_size // 4, 8)
+    return min(longest, window * max(1, state_size // 2))
 
 
 class RTRL(GradientAlgorithm):
-    """Real-time recurrent learning in windows: reverse mode inside a window, forward mode across windows.
+    """Real-time recurrent learning in windows: reverse mode over the latest steps, forward mode before them.
 
     Args:
-        window: steps k. Any length gives the same gradient; about the state size is the cheapest.
+        window: steps k, after which the loss's gradient is due. Any length gives the same gradient.
+        chunk: steps after which the influence matrix is advanced; until then a window's loss is also pulled back
+            through the windows since the last advance, as they were differentiated. Any length gives the same
+            gradient; a longer window is cut, at no loss. None: about the cheapest (``cheapest_chunk``).
 
-    Cost: a step and lane, S |theta| (1 + S / k) + S^3 multiply-adds beside the forward pass; memory B S |theta| for
-        the influence and about 2 B k S^2 for a window, whatever the length of the sequence.
+    Cost: with c = chunk, a step and lane, S |theta| (1 + S / c) + S^3 multiply-adds beside the forward pass, and a
+        window S^2 c / 2 and a pass over P; memory B S |theta| for the influence and about 2 B c S^2 for a chunk,
+        whatever the length of the sequence.
     Exact: equals BPTT over the whole sequence while parameters are fixed, for any cell. With an update after every
         window it is the gradient for an offset shared by all past parameters, their increments frozen.
     Not recommended: for sequences that fit in memory (BPTT is cheaper), or large dense states (S above about 256).
@@ -54,8 +62,17 @@ class RTRL(GradientAlgorithm):
     exact = True
     carries_influence = True
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, chunk: int | None = None) -> None:
         super().__init__(checked_window(window))
+        self.chunk = None if chunk is None else checked_window(chunk, "chunk")
+
+    def __repr__(self) -> str:
+        return f"RTRL(window={self.window}{'' if self.chunk is None else f', chunk={self.chunk}'})"
+
+    def chunk_for(self, cell: nn.Module, is_sparse: bool | None = True) -> int:
+        """Steps between two advances of P for this cell; see ``cheapest_chunk``."""
+        assert self.window is not None
+        return self.chunk or cheapest_chunk(int(cell.state_size), self.window, is_sparse)  # type: ignore[arg-type]
 
     def _init(self, cell: nn.Module, state: Tensor) -> Memory:
         refuse_batch_norm(cell)
@@ -71,8 +88,7 @@ class RTRL(GradientAlgorithm):
 
     def _require_room(self, cell: nn.Module, state: Tensor) -> None:
         batch, size = state.shape
-        assert self.window is not None
-        needed = self.forecast(cell, batch, state.dtype, self.window)
+        needed = self.forecast(cell, batch, state.dtype, self.chunk_for(cell))
         free = free_memory(state.device)
         if needed.total_bytes > free:
             count = sum(p.numel() for p in cell.parameters() if p.requires_grad)
@@ -85,9 +101,7 @@ class RTRL(GradientAlgorithm):
             )
 
     def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
-        assert self.window is not None
-        length = min(self.window, steps, longest_segment(int(cell.state_size)))  # type: ignore[arg-type]
-        return forecast_influence(cell, batch_size, dtype.itemsize, length)
+        return forecast_influence(cell, batch_size, dtype.itemsize, min(self.chunk_for(cell), steps))
 
     @torch.no_grad()
     def step(
@@ -123,16 +137,19 @@ class RTRL(GradientAlgorithm):
             outputs, loss, grads, cotangents = _read(cell, readout, torch.stack(returned), inputs, targets, loss_fn)
             begin = 0
             while begin < len(given):
-                length = longest_segment(window.start.shape[1], linearizer.is_sparse)
+                length = self.chunk_for(cell, linearizer.is_sparse)
                 segment = window.cut(begin, begin + length, given[begin])
                 part = cotangents[begin : begin + length]
                 states = torch.stack(given[begin : begin + length]), torch.stack(returned[begin : begin + length])
-                linearization = segment.linearize(linearizer, *states, part)
-                if linearization is None and begin == 0:
+                found = segment.linearize(linearizer, *states, part)
+                if found is None and begin == 0:
                     break  # nothing has been written yet: run the whole window again, with its graph
-                if linearization is None:
-                    linearization = segment.linearize_again(linearizer, states[1], part)
-                _contract_and_advance(memory.sensitivity, linearization, grads)
+                if found is None:
+                    found = segment.linearize_again(linearizer, states[1], part)
+                if isinstance(found, Steps):
+                    _extend_tail(memory, linearizer, found, part, self.chunk_for(cell, linearizer.is_sparse), grads)
+                else:
+                    _add(memory.sensitivity.contract_and_advance(found), grads)
                 begin += length
             else:
                 return _finish(memory, loss, outputs, grads, returned[-1])
@@ -140,7 +157,7 @@ class RTRL(GradientAlgorithm):
         leaf, returned = window.unroll_with_graph()
         states = torch.stack([state.detach() for state in returned])
         outputs, loss, grads, cotangents = _read(cell, readout, states, inputs, targets, loss_fn)
-        _contract_and_advance(memory.sensitivity, linearizer.linearize_graph(leaf, returned, cotangents), grads)
+        _add(memory.sensitivity.contract_and_advance(linearizer.linearize_graph(leaf, returned, cotangents)), grads)
         return _finish(memory, loss, outputs, grads, returned[-1])
 
 
@@ -177,7 +194,7 @@ class _Window:
     @torch.enable_grad()
     def linearize(
         self, linearizer: Linearizer, given: Tensor, returned: Tensor, cotangents: Tensor
-    ) -> WindowLinearization | None:
+    ) -> Steps | WindowLinearization | None:
         inputs = self.inputs.transpose(0, 1)
         return linearizer.linearize(inputs, given, returned, cotangents, self.initial, self.starts, self.starting)
 
@@ -211,11 +228,30 @@ def _read(
     return outputs.detach(), loss.detach(), grads, cotangents
 
 
-def _contract_and_advance(
-    sensitivity: Sensitivity, linearization: WindowLinearization, grads: dict[str, Tensor]
+def _extend_tail(
+    memory: Memory,
+    linearizer: Linearizer,
+    steps: Steps,
+    cotangents: Tensor,  # [k, B, S]
+    capacity: int,
+    grads: dict[str, Tensor],
 ) -> None:
-    """Read P, then write it; gradients are added to ``grads`` in place."""
-    for name, gradient in sensitivity.contract_and_advance(linearization).items():
+    """Add steps to the tail, and the gradient of their loss to ``grads``; advance P if a next one would not fit."""
+    tail = memory.tail
+    if tail is None or tail.capacity != capacity or not tail.takes(steps):
+        memory.settle()
+    if tail is None or tail.capacity != capacity:
+        tail = memory.tail = Tail(capacity)
+    tail.append(steps)
+    if len(tail) + len(steps) <= tail.capacity:
+        _add(memory.base.contract(*linearizer.pull_back(tail, cotangents)), grads)
+    else:
+        _add(memory.base.contract_and_advance(linearizer.multiply_out(tail, cotangents)), grads)
+        tail.clear()
+
+
+def _add(found: dict[str, Tensor], grads: dict[str, Tensor]) -> None:
+    for name, gradient in found.items():
         grads[name] += gradient
 
 

@@ -1,7 +1,8 @@
 """Derivatives of a window of any cell, in the factors that an influence matrix can be advanced by."""
 
 from rtrl_moe_pl.linearization.linearizer import Linearizer, refuse_batch_norm
-from rtrl_moe_pl.linearization.window import Block, DenseTerm, IndexTerm, Member, OuterTerm, WindowLinearization
+from rtrl_moe_pl.linearization.tail import Steps, Tail
+from rtrl_moe_pl.linearization.window import Block, DenseTerm, IndexTerm, Member, OuterTerm, Term, WindowLinearization
 
 __all__ = [
     "Block",
@@ -10,6 +11,9 @@ __all__ = [
     "Linearizer",
     "Member",
     "OuterTerm",
+    "Steps",
+    "Tail",
+    "Term",
     "WindowLinearization",
     "refuse_batch_norm",
 ]

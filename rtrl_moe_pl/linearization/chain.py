@@ -1,226 +1,150 @@
-"""The reverse sweep over a window: S + 1 cotangents from its end to its start."""
+"""The reverse sweep over a tail of steps: S + 1 cotangents from its end to its start, and on to the taps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rtrl_moe_pl.linearization.backward import Key, jacobian_key
 from rtrl_moe_pl.linearization.cotangents import Cotangents, ScaledCotangents, StoredCotangents
 from rtrl_moe_pl.linearization.sparse import SparseJacobian
-from rtrl_moe_pl.linearization.step import Jacobian, StepDerivatives
+from rtrl_moe_pl.linearization.step import Jacobian
+from rtrl_moe_pl.linearization.tail import Tail
 from rtrl_moe_pl.linearization.window import copy_flushed
-from rtrl_moe_pl.linearization.workspace import Workspace
 
-Key = tuple[object, ...]
 FLUSH_EVERY = 8  # steps; a contracting cell loses a few orders of magnitude in that time
 
 
 @dataclass
-class Sweep:
-    """Cotangents over a window, of the end state's S entries and of the window's loss.
+class LossSweep:
+    """What a loss hands back, one number per entry.
 
     Args:
-        states: of the state returned at each step, from the end state, [k, B, S, S]; None where no one needs them.
-        losses: of the state returned at each step, from the loss, [k, B, S].
-        transition, cotangent: of the state the window began with, [B, S, S] and [B, S].
-        initial, initial_loss: of the initial state used at the starts, summed over them; None if there was none.
+        losses: cotangent of the state returned at each step, [K, B, S].
+        start: of the state the tail began with, [B, S].
+        initial: of the initial state used at the starts, summed over them, [B, S]; None if there was none.
         taps: of taps' outputs, by ``jacobian_key``.
     """
 
-    states: Tensor | None
     losses: Tensor
-    transition: Tensor
-    cotangent: Tensor
+    start: Tensor
     initial: Tensor | None
-    initial_loss: Tensor | None
     taps: dict[Key, Cotangents]
 
 
-def sweep(
-    derivatives: StepDerivatives,
-    loss_cotangents: Tensor,  # [k, B, S]
-    starts: Tensor | None,  # [B, k] bool
-    starting: list[bool],
-    keep_states: bool,
-    workspace: Workspace,
-) -> Sweep:
-    """Pull the identity on the end state, and the loss, back through the window, and on to the taps.
+@dataclass
+class StateSweep:
+    """The same for the S entries of the end state.
 
     Args:
-        keep_states: keep the cotangents of all states, not only of the first.
-
-    Cost: k B S^3 multiply-adds; k small steps in sequence, all else is batched over the window.
+        states: of the state returned at each step, [K, B, S, S]; None where no one needs them.
+        start: of the state the tail began with, [B, S, S]: J transposed.
+        initial: of the initial state used at the starts, [B, S, S]; None if there was none, or no one asked.
+        taps: of taps' outputs, the loss's among them.
     """
-    steps, batch, size = loss_cotangents.shape
-    back: _Step | None = _diagonal_step(derivatives, loss_cotangents, workspace)
-    keys = {jacobian_key(jacobian): jacobian for _, jacobian in derivatives.taps}
-    if back is None:
-        back = _MatrixStep(transition_matrices(derivatives, steps, batch, loss_cotangents, workspace))
-    keep_states |= bool(keys.keys() - back.taps.keys())
-    kept = steps + 1 if keep_states else 2  # a ring; kept whole, [0] is the window's start
-    ring = workspace.empty("states", (kept, batch, size, size), loss_cotangents)
+
+    states: Tensor | None
+    start: Tensor
+    initial: Tensor | None
+    taps: dict[Key, Cotangents]
+
+
+def loss_sweep(tail: Tail, cotangents: Tensor) -> LossSweep:
+    """Pull a loss on the last k steps back through all of them; ``cotangents`` [k, B, S] of the states returned.
+
+    Cost: 2 K B S^2 multiply-adds, in K small steps.
+    """
+    backward = tail.backward
+    assert backward is not None
+    steps, before = len(tail), len(tail) - len(cotangents) + 1
+    # [t + 1] belongs to the state that step t returned, [0] to the tail's start
+    every = torch.cat([cotangents.new_zeros(before, *cotangents.shape[1:]), cotangents])
+    on_the_way = torch.empty_like(every[1:]) if backward.has_tap else None
+    rows = every.unsqueeze(2).unbind(0)  # [B, 1, S]
+    out = [None] * steps if on_the_way is None else on_the_way.unsqueeze(2).unbind(0)
+    initial = None
+    for t in reversed(range(steps)):
+        here = tail.starts[t]
+        if here is None:
+            backward.add_loss(t, rows[t + 1], rows[t], out[t])
+        else:
+            loss = torch.zeros_like(rows[t])
+            backward.add_loss(t, rows[t + 1], loss, out[t])
+            taken = torch.where(here[:, None], loss[:, 0], 0.0)
+            initial = taken if initial is None else initial + taken
+            rows[t].add_(loss.masked_fill_(here[:, None, None], 0.0))
+        if t % FLUSH_EVERY == 0:
+            copy_flushed(rows[t], rows[t])
+    taps: dict[Key, Cotangents] = {}
+    if on_the_way is not None and tail.on_the_way is not None:
+        taps[tail.on_the_way] = Cotangents(on_the_way)
+    for _, jacobian in tail.taps:
+        key = jacobian_key(jacobian)
+        if key not in taps:
+            taps[key] = loss_cotangents(jacobian, every[1:])
+    return LossSweep(every[1:], every[0], initial, taps)
+
+
+def state_sweep(
+    tail: Tail, losses: Mapping[Key, Cotangents], keep_states: bool = False, keep_initial: bool = False
+) -> StateSweep:
+    """Pull the identity on the end state back through all steps.
+
+    Args:
+        losses: the taps' cotangents from the loss, to be handed on with those of the states.
+        keep_states: keep the cotangents of all states, not only of the first.
+        keep_initial: sum up what the initial state receives.
+
+    Cost: K B S^3 multiply-adds; K small steps in sequence, all else is batched over the tail.
+    """
+    backward, like = tail.backward, tail.like
+    assert backward is not None
+    assert like is not None
+    steps, (batch, size) = len(tail), like.shape
+    keys = {jacobian_key(jacobian): jacobian for _, jacobian in tail.taps}
+    keep_states |= bool(keys.keys() - {tail.on_the_way})
+    kept = steps + 1 if keep_states else 2  # a ring; kept whole, [0] is the tail's start
+    ring = tail.workspace.empty("states", (kept, batch, size, size), like)
     states = ring.unbind(0)
     states[steps % kept].zero_().diagonal(dim1=1, dim2=2).fill_(1.0)
-    # losses[t + 1] belongs to the state that step t returned, [0] to the window's start; as rows [B, 1, S]
-    every_loss = torch.cat([torch.zeros_like(loss_cotangents[:1]), loss_cotangents])
-    losses = every_loss.unsqueeze(2).unbind(0)
-    initial, initial_loss = None, None
+    on_the_way = tail.workspace.empty("on the way", (steps, batch, size, size), like) if backward.has_tap else None
+    out = [None] * steps if on_the_way is None else on_the_way.unbind(0)
+    initial = None
     for t in reversed(range(steps)):
-        earlier = states[t % kept]
-        back.states(t, states[(t + 1) % kept], earlier)
-        if starting[t]:
-            assert starts is not None
-            here = starts[:, t, None, None]
-            loss = torch.zeros_like(losses[t])
-            back.add_loss(t, losses[t + 1], loss)
-            taken, taken_loss = torch.where(here, earlier, 0.0), torch.where(here, loss, 0.0)[:, 0]
-            initial = taken if initial is None else initial + taken
-            initial_loss = taken_loss if initial_loss is None else initial_loss + taken_loss
-            earlier.masked_fill_(here, 0.0)
-            losses[t].add_(loss.masked_fill_(here, 0.0))
-        else:
-            back.add_loss(t, losses[t + 1], losses[t])
+        earlier, here = states[t % kept], tail.starts[t]
+        backward.states(t, states[(t + 1) % kept], earlier, out[t])
+        if here is not None:
+            if keep_initial:
+                taken = torch.where(here[:, None, None], earlier, 0.0)
+                initial = taken if initial is None else initial + taken
+            earlier.masked_fill_(here[:, None, None], 0.0)
         if t % FLUSH_EVERY == 0:
             copy_flushed(earlier, earlier)
     later = ring[1:] if keep_states else None
-    taps: dict[Key, Cotangents] = dict(back.taps)
+    taps: dict[Key, Cotangents] = {}
     for key, jacobian in keys.items():
-        if key not in taps:
-            assert later is not None
-            taps[key] = tap_cotangents(jacobian, later, every_loss[1:], f"tap {len(taps)}", workspace)
-    return Sweep(later, every_loss[1:], states[0], every_loss[0], initial, initial_loss, taps)
+        from_loss = losses[key].loss
+        if key == tail.on_the_way and on_the_way is not None:
+            taps[key] = StoredCotangents(on_the_way, from_loss)
+            continue
+        assert later is not None
+        if isinstance(jacobian, SparseJacobian):
+            taps[key] = ScaledCotangents(later, from_loss, jacobian, tail.workspace)
+        else:
+            values = tail.workspace.empty(f"tap {len(taps)}", (steps * batch, jacobian.shape[2], size), like)
+            torch.bmm(jacobian.transpose(1, 2), later.flatten(0, 1), out=values)
+            taps[key] = StoredCotangents(values.unflatten(0, (steps, batch)), from_loss)
+    return StateSweep(later, states[0], initial, taps)
 
 
-class _Step(Protocol):
-    """One step back, with the taps' cotangents that were met on the way."""
-
-    taps: dict[Key, StoredCotangents]
-
-    def states(self, t: int, later: Tensor, earlier: Tensor) -> None:
-        """Write the cotangents of the state that step ``t`` was given, from those of what it returned: [B, S, S]."""
-        ...
-
-    def add_loss(self, t: int, later: Tensor, earlier: Tensor) -> None:
-        """Add the loss's part to what is in ``earlier``: [B, 1, S]."""
-        ...
-
-
-class _MatrixStep:
-    """By the matrix ds'/ds: for any cell."""
-
-    def __init__(self, transitions: Tensor) -> None:
-        flipped = transitions.permute(1, 2, 3, 0)  # [k, B, S, S], transposed
-        self.flipped, self.transitions = flipped.unbind(0), flipped.transpose(2, 3).unbind(0)
-        self.taps: dict[Key, StoredCotangents] = {}
-
-    def states(self, t: int, later: Tensor, earlier: Tensor) -> None:
-        torch.bmm(self.flipped[t], later, out=earlier)
-
-    def add_loss(self, t: int, later: Tensor, earlier: Tensor) -> None:
-        earlier.baddbmm_(later, self.transitions[t])
-
-
-class _TapStep:
-    """Where ds'/ds = diag(T) W + diag(a): the tap's cotangents are on the way, and W is shared by all rows."""
-
-    def __init__(self, scale: Tensor, weight: Tensor, direct: Tensor | None, tap: Key, out: StoredCotangents) -> None:
-        steps, batch, size = out.shape
-        self.scale, self.scale_row = _columns_and_rows(scale, steps)
-        self.direct = None if direct is None else _columns_and_rows(direct, steps)
-        self.weight = weight.expand(batch, size, size)
-        self.flipped = self.weight.transpose(1, 2)
-        self.out, self.out_loss = out.values.unbind(0), out.loss.unsqueeze(2).unbind(0)
-        self.taps = {tap: out}
-
-    def states(self, t: int, later: Tensor, earlier: Tensor) -> None:
-        torch.mul(later, self.scale[t], out=self.out[t])
-        torch.bmm(self.flipped, self.out[t], out=earlier)
-        if self.direct is not None:
-            earlier.addcmul_(later, self.direct[0][t])
-
-    def add_loss(self, t: int, later: Tensor, earlier: Tensor) -> None:
-        torch.mul(later, self.scale_row[t], out=self.out_loss[t])
-        earlier.baddbmm_(self.out_loss[t], self.weight)
-        if self.direct is not None:
-            earlier.addcmul_(later, self.direct[1][t])
-
-
-class _ElementwiseStep:
-    """Where ds'/ds = diag(a)."""
-
-    def __init__(self, direct: Tensor, steps: int) -> None:
-        self.direct, self.direct_row = _columns_and_rows(direct, steps)
-        self.taps: dict[Key, StoredCotangents] = {}
-
-    def states(self, t: int, later: Tensor, earlier: Tensor) -> None:
-        torch.mul(later, self.direct[t], out=earlier)
-
-    def add_loss(self, t: int, later: Tensor, earlier: Tensor) -> None:
-        earlier.addcmul_(later, self.direct_row[t])
-
-
-def _columns_and_rows(factor: Tensor, steps: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Views of a factor [N, S] for every step: [B, S, 1] and [B, 1, S]."""
-    parts = factor.unflatten(0, (steps, -1))
-    return parts.unsqueeze(3).unbind(0), parts.unsqueeze(2).unbind(0)
-
-
-def _diagonal_step(
-    derivatives: StepDerivatives, like: Tensor, workspace: Workspace
-) -> _TapStep | _ElementwiseStep | None:
-    """The cheaper step where the cell allows it; ``like`` [k, B, S]."""
-    steps, batch, size = like.shape
-    through = [(j, w) for j, w in derivatives.sparse if w is not None]
-    direct = [j for j, w in derivatives.sparse if w is None]
-    jacobians = [j for j, _ in through] + direct
-    if derivatives.dense is not None or len(through) > 1 or not all(j.pattern.is_diagonal for j in jacobians):
-        return None
-    factor = direct[0].values[0] if direct else None
-    if not through:
-        return None if factor is None else _ElementwiseStep(factor, steps)
-    jacobian, weight = through[0]
-    assert weight is not None
-    out = workspace.empty("tap on the way", (steps, batch, size, size), like)
-    return _TapStep(
-        jacobian.values[0], weight, factor, jacobian_key(jacobian), StoredCotangents(out, torch.empty_like(like))
-    )
-
-
-def transition_matrices(
-    derivatives: StepDerivatives, steps: int, batch: int, like: Tensor, workspace: Workspace
-) -> Tensor:
-    """ds'/ds of every row, row index first: [S, k, B, S]."""
-    size = like.shape[-1]
-    if not derivatives.sparse and derivatives.dense is not None:
-        return derivatives.dense.transpose(0, 1).unflatten(1, (steps, batch))
-    total = workspace.empty("transitions", (size, steps * batch, size), like)
-    if derivatives.sparse:
-        eye = torch.eye(size, dtype=like.dtype, device=like.device)
-        factors = [jacobian.by_row(eye if w is None else w) for jacobian, w in derivatives.sparse]
-        left, right = (torch.cat(parts, axis) for parts, axis in zip(zip(*factors, strict=True), (2, 1), strict=True))
-        torch.bmm(left, right, out=total)  # [S, N, G] by [S, G, S]
-    else:
-        total.zero_()
-    if derivatives.dense is not None:
-        total += derivatives.dense.transpose(0, 1)
-    return total.view(size, steps, batch, size)
-
-
-def tap_cotangents(jacobian: Jacobian, states: Tensor, losses: Tensor, name: str, workspace: Workspace) -> Cotangents:
-    """Cotangents of a tap's output at every step, given those of the states: [k, B, S, S] and [k, B, S]."""
+def loss_cotangents(jacobian: Jacobian, losses: Tensor) -> Cotangents:
+    """Of a tap's output at every step, given those of the states [K, B, S]."""
+    flat = losses.flatten(0, 1)
     if isinstance(jacobian, SparseJacobian):
-        return ScaledCotangents(states, losses, jacobian, workspace)
-    steps, batch, size = losses.shape
-    out = workspace.empty(name, (steps * batch, jacobian.shape[2], size), states)
-    torch.bmm(jacobian.transpose(1, 2), states.flatten(0, 1), out=out)
-    from_loss = torch.bmm(losses.flatten(0, 1)[:, None], jacobian)[:, 0]
-    return StoredCotangents(out.unflatten(0, (steps, batch)), from_loss.unflatten(0, (steps, batch)))
-
-
-def jacobian_key(jacobian: Jacobian) -> Key:
-    """Equal for taps whose outputs are added: autograd hands both the same tensors."""
-    values = jacobian.values if isinstance(jacobian, SparseJacobian) else [jacobian]
-    return tuple((v.data_ptr(), v.shape, v.stride()) for v in values)
+        found = jacobian.times_left(flat)
+    else:
+        found = torch.bmm(flat[:, None], jacobian)[:, 0]
+    return Cotangents(found.unflatten(0, losses.shape[:2]))

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rtrl_moe_pl.linearization.chain import jacobian_key, sweep
-from rtrl_moe_pl.linearization.cotangents import ProbeCotangents
+from rtrl_moe_pl.linearization.backward import jacobian_key
+from rtrl_moe_pl.linearization.chain import loss_cotangents, loss_sweep, state_sweep
 from rtrl_moe_pl.linearization.planner import make_plan, probing_rows, without_taps
 from rtrl_moe_pl.linearization.slow import functional_terms, initial_terms, whole_window
 from rtrl_moe_pl.linearization.step import Plan, PlanMismatch, StepLinearizer, require_close
+from rtrl_moe_pl.linearization.tail import Steps, Tail
 from rtrl_moe_pl.linearization.terms import tap_terms
-from rtrl_moe_pl.linearization.window import Block, Term, WindowLinearization, separate
-from rtrl_moe_pl.linearization.workspace import Workspace
+from rtrl_moe_pl.linearization.window import Block, Term, WindowLinearization, gradient_of, separate
 
 
 class Linearizer:
@@ -50,13 +50,13 @@ class Linearizer:
         buffers = {f"buffer.{name}": b for name, b in cell.named_buffers()}
         known: dict[str, Tensor] = {**parameters, **buffers}
         self._step = StepLinearizer(cell, {id(p): n for n, p in known.items()}, known)
-        self._workspace = Workspace()
         self._plan: Plan | None = None
         self._identities = _identities(parameters)
         self._window_path = ""  # the reason, once the slowest path was chosen for good
         self._failures = 0
         self._succeeded = False
         self._initial_names: set[str] = set()
+        self._alone = Tail(capacity=0)
 
     @property
     def paths(self) -> dict[str, str]:
@@ -97,20 +97,25 @@ class Linearizer:
         inputs: Tensor,  # [k, B, ..]
         given: Tensor,  # [k, B, S]
         returned: Tensor,  # [k, B, S]
-        loss_cotangents: Tensor,  # [k, B, S]
+        cotangents: Tensor,  # [k, B, S], of the states returned, from the loss
         initial: Tensor | None,  # [B, S] with its graph; None if no lane starts
         starts: Tensor | None,  # [B, k]
         starting: list[bool],
-    ) -> WindowLinearization | None:
+    ) -> Steps | WindowLinearization | None:
         """Derivatives of a window that ran without a graph.
 
         Returns:
+            steps to be added to a tail; or the whole linearization, where it needs the weights as they are now; or
             None if this cell needs the window's own graph: run it again with one, from the same start, and call
             ``linearize_graph``.
         """
         try:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels' derivatives cannot be batched
-                result = self._linearize(inputs, given, returned, loss_cotangents, initial, starts, starting)
+                steps = self._differentiate(inputs, given, returned, starts, starting)
+                assert self._plan is not None
+                result: Steps | WindowLinearization = steps
+                if self._plan.untapped or (initial is not None and initial.requires_grad):
+                    result = self._at_once(steps, inputs, given, returned, cotangents, initial)
         except torch.OutOfMemoryError:
             raise
         except Exception as reason:  # whatever a cell raises for rows that it did not expect: the slow path is exact
@@ -120,18 +125,12 @@ class Linearizer:
         self._succeeded = True
         return result
 
-    def _linearize(
-        self,
-        inputs: Tensor,
-        given: Tensor,
-        returned: Tensor,
-        loss_cotangents: Tensor,
-        initial: Tensor | None,
-        starts: Tensor | None,
-        starting: list[bool],
-    ) -> WindowLinearization:
-        steps, batch, size = given.shape
+    def _differentiate(
+        self, inputs: Tensor, given: Tensor, returned: Tensor, starts: Tensor | None, starting: list[bool]
+    ) -> Steps:
         x, s = inputs.flatten(0, 1), given.flatten(0, 1)
+        if x.data_ptr() == inputs.data_ptr():
+            x = x.clone()  # the caller may write into it before it is needed for the last time
         if self._plan is None:
             self._plan = self._new_plan(x, s)
         try:
@@ -139,24 +138,57 @@ class Linearizer:
         except PlanMismatch:
             self._plan = self._new_plan(x, s, self._plan)
             outputs, derivatives = self._step.derivatives(self._plan, x, s)
-        _require_same_states(outputs.view(steps, batch, size), returned)
+        _require_same_states(outputs.view(given.shape), returned)
+        return Steps(derivatives, given, starts, starting)
 
+    def _at_once(
+        self,
+        steps: Steps,
+        inputs: Tensor,
+        given: Tensor,
+        returned: Tensor,
+        cotangents: Tensor,
+        initial: Tensor | None,
+    ) -> WindowLinearization:
+        """Everything about a window whose parameters are met in forms that are not kept."""
+        assert self._plan is not None
         untapped = {name: self.trainable[name] for name in sorted(self._plan.untapped)}
-        terms: dict[Block, list[Term]] = defaultdict(list)
+        self._alone.clear()
+        self._alone.append(steps)
         with torch.no_grad():
-            swept = sweep(derivatives, loss_cotangents, starts, starting, bool(untapped), self._workspace)
-            for block, found in tap_terms(derivatives.taps, swept.taps, self.trainable).items():
-                terms[block] += found
-        if swept.states is not None and untapped:
-            dense = functional_terms(self.cell, untapped, inputs, given, swept.states, swept.losses, returned)
+            loss = loss_sweep(self._alone, cotangents)
+            state = state_sweep(self._alone, loss.taps, keep_states=bool(untapped), keep_initial=True)
+            terms: dict[Block, list[Term]] = defaultdict(list, tap_terms(self._alone.taps, state.taps, self.trainable))
+        if state.states is not None and untapped:
+            dense = functional_terms(self.cell, untapped, inputs, given, state.states, loss.losses, returned)
             for block, functional in dense.items():
                 terms[block] += functional
-        if swept.initial is not None and swept.initial_loss is not None and initial is not None:
-            at_starts = swept.initial, swept.initial_loss
-            for block, learned in initial_terms(initial, self.trainable, *at_starts).items():
+        if state.initial is not None and loss.initial is not None and initial is not None:
+            for block, learned in initial_terms(initial, self.trainable, state.initial, loss.initial).items():
                 terms[block] += learned
                 self._initial_names |= {member.name for member in block.members}
-        return separate(WindowLinearization(swept.transition, swept.cotangent, dict(terms), self.shapes))
+        return separate(WindowLinearization(state.start, loss.start, dict(terms), self.shapes))
+
+    @torch.no_grad()
+    def pull_back(self, tail: Tail, cotangents: Tensor) -> tuple[Tensor, dict[Block, list[Term]]]:
+        """A loss on the tail's last k steps, as its cotangent of the state the tail began with, and its own part.
+
+        Args:
+            cotangents: of the states returned, from the loss, [k, B, S].
+
+        Returns:
+            [B, S]; and terms of which only the gradients are of use.
+        """
+        swept = loss_sweep(tail, cotangents)
+        return swept.start, tap_terms(tail.taps, swept.taps, self.trainable)
+
+    @torch.no_grad()
+    def multiply_out(self, tail: Tail, cotangents: Tensor) -> WindowLinearization:
+        """A tail as one window, with the loss of ``pull_back``."""
+        loss = loss_sweep(tail, cotangents)
+        state = state_sweep(tail, loss.taps)
+        terms = tap_terms(tail.taps, state.taps, self.trainable)
+        return separate(WindowLinearization(state.start, loss.start, terms, self.shapes))
 
     def _new_plan(self, x: Tensor, state: Tensor, previous: Plan | None = None) -> Plan:
         """A plan whose parameter gradients equal autograd's for a random cotangent of every row."""
@@ -178,13 +210,9 @@ class Linearizer:
         outputs, derivatives = self._step.derivatives(plan, x, state)
         probe = self._step.probe(outputs)[None]  # every row as a lane of one step
         with torch.no_grad():
-            cotangents = {jacobian_key(j): ProbeCotangents(probe, j) for _, j in derivatives.taps}
+            cotangents = {jacobian_key(j): loss_cotangents(j, probe) for _, j in derivatives.taps}
             terms = tap_terms(derivatives.taps, cotangents, self.trainable)
-            blank = probe.new_zeros(0)
-            found: dict[str, Tensor] = {}
-            for block, part in terms.items():
-                for name, gradient in WindowLinearization(blank, blank, {block: part}, self.shapes).gradient().items():
-                    found[name] = found[name] + gradient if name in found else gradient
+            found = gradient_of(terms, self.shapes, probe)
         free = {name: p for name, p in self.trainable.items() if name not in plan.untapped}
         if not free:
             return set()

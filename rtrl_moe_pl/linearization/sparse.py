@@ -37,11 +37,22 @@ class Pattern:
 
     Args:
         row_of: [colours, U] the row of the only possible non-zero of that colour, -1 for none.
-        rows: V.
+        colour_of: [V] the colour of every row.
     """
 
     row_of: Tensor
-    rows: int
+    colour_of: Tensor
+
+    @property
+    def rows(self) -> int:
+        """V."""
+        return len(self.colour_of)
+
+    @cached_property
+    def seeds(self) -> Tensor:
+        """The cotangent of each colour: 1 for its rows, [colours, V]."""
+        numbers = torch.arange(len(self.row_of), device=self.colour_of.device)
+        return (self.colour_of == numbers[:, None]).float()
 
     @property
     def columns(self) -> int:
@@ -103,17 +114,7 @@ class Pattern:
         return result
 
     def to(self, device: torch.device) -> Pattern:
-        return Pattern(self.row_of.to(device), self.rows)
-
-
-def patterns_indicator(patterns: Sequence[Pattern], colour: int) -> Tensor:
-    """1 for the sink's rows of this colour, [V]."""
-    first = patterns[0]
-    indicator = torch.zeros(first.rows, device=first.row_of.device)
-    for pattern in patterns:
-        rows = pattern.row_of[colour]
-        indicator[rows[rows >= 0]] = 1.0
-    return indicator
+        return Pattern(self.row_of.to(device), self.colour_of.to(device))
 
 
 @dataclass
@@ -227,4 +228,4 @@ def compress(pattern: Tensor, colours: Tensor) -> Pattern:
     row_of = torch.full((count, pattern.shape[1]), -1, dtype=torch.long)
     rows, columns = pattern.nonzero(as_tuple=True)
     row_of[colours[rows], columns] = rows
-    return Pattern(row_of, pattern.shape[0])
+    return Pattern(row_of, colours)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian, patterns_indicator
+from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian
 from rtrl_moe_pl.linearization.taps import Tap, TapRecorder
 
 Jacobian = SparseJacobian | Tensor  # dense: [N, V, U]
@@ -169,7 +169,7 @@ class StepLinearizer:
         for jacobian, expected in zip(dense, truth, strict=True):
             found = torch.bmm(probe[:, None], jacobian)[:, 0]
             require_close(found, expected.flatten(1))
-        return StepDerivatives([], dense[0], list(zip(run.taps, dense[1:], strict=True)))
+        return StepDerivatives([], dense[0], list(zip(map(_detached, run.taps), dense[1:], strict=True)))
 
     def _compressed(self, plan: Plan, run: Evaluation) -> StepDerivatives:
         assert plan.patterns is not None
@@ -183,8 +183,8 @@ class StepLinearizer:
     def _colours(sink: Tensor, sources: Sequence[Tensor], patterns: Sequence[Pattern]) -> list[SparseJacobian]:
         size = sink.shape[0]
         jacobians = [SparseJacobian(pattern, []) for pattern in patterns]
-        for colour in range(patterns[0].row_of.shape[0]):
-            cotangent = patterns_indicator(patterns, colour).to(sink.dtype).expand(size, -1).view_as(sink)
+        for seed in patterns[0].seeds:
+            cotangent = seed.to(sink.dtype).expand(size, -1).view_as(sink)
             parts = torch.autograd.grad(sink, sources, cotangent, retain_graph=True, allow_unused=True)
             for jacobian, source, part in zip(jacobians, sources, parts, strict=True):
                 values = source.new_zeros(source.shape) if part is None else part
@@ -243,7 +243,7 @@ class StepLinearizer:
                     whole = whole.to_dense() if isinstance(whole, SparseJacobian) else whole
                     before[j].add_left_product(product, whole)
                     totals[j] = whole
-        return StepDerivatives(sparse, dense, list(zip(run.taps, totals[1:], strict=True)))
+        return StepDerivatives(sparse, dense, list(zip(map(_detached, run.taps), totals[1:], strict=True)))
 
     def _weight(self, tap: Tap) -> Tensor:
         """d output / d input of an affine tap, [U, V]; block-diagonal where it acts on several vectors a row."""
@@ -255,6 +255,11 @@ class StepLinearizer:
         if copies == 1:
             return weight
         return torch.kron(torch.eye(copies, dtype=weight.dtype, device=weight.device), weight)
+
+
+def _detached(tap: Tap) -> Tap:
+    """Without the graph of the step it was met in."""
+    return replace(tap, output=tap.output.detach(), input=None if tap.input is None else tap.input.detach())
 
 
 def _times(total: Jacobian, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rtrl_moe_pl.linearization.chain import Key, jacobian_key
+from rtrl_moe_pl.linearization.backward import Key, jacobian_key
 from rtrl_moe_pl.linearization.cotangents import Cotangents, StoredCotangents
 from rtrl_moe_pl.linearization.step import Jacobian
 from rtrl_moe_pl.linearization.taps import Tap
@@ -71,18 +71,19 @@ def _meet(
         rows = tap.output.shape[-1]
         copies = tap.output[0].numel() // rows
         if copies > 1:  # the layer acted on several vectors a row: they count as more steps
-            whole = cotangents.part(0, batch, 0, copies * rows).clone().view(steps, batch, copies, rows, -1)
-            loss = cotangents.from_loss().view(steps, batch, copies, rows)
-            cotangents = StoredCotangents(
-                whole.transpose(1, 2).reshape(steps * copies, batch, rows, -1),
-                loss.transpose(1, 2).reshape(steps * copies, batch, rows),
-            )
+            values = cotangents.part(0, batch, 0, copies * rows).clone()
+            cotangents = StoredCotangents(*(_as_steps(v, copies) for v in (values, cotangents.loss)))
             key = (*key, copies)
         if inputs is not None:
             inputs = inputs.detach().reshape(steps, batch, copies, *(() if tap.is_lookup else (-1,)))
             inputs = inputs.transpose(1, 2).flatten(0, 1)
         meetings.append(_Meeting(tap, key, cotangents, inputs))
     return meetings
+
+
+def _as_steps(value: Tensor, copies: int) -> Tensor:
+    """[k, B, copies rows, ..] as [k copies, B, rows, ..]."""
+    return value.unflatten(2, (copies, value.shape[2] // copies)).transpose(1, 2).flatten(0, 1)
 
 
 def _single(meeting: _Meeting, name: str, trainable: dict[str, Tensor]) -> tuple[Block, Tensor | None]:

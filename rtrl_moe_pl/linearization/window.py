@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -103,7 +104,7 @@ class OuterTerm:
         influence.flatten(2).baddbmm_(inputs, cotangents.flatten(2).transpose(0, 1))
 
     def add_gradient(self, gradient: Tensor) -> None:
-        loss = self.cotangents.from_loss().flatten(0, 1)  # [k B, rows]
+        loss = self.cotangents.loss.flatten(0, 1)  # [k B, rows]
         if self.inputs is None:
             gradient += loss.sum(0)
         else:
@@ -124,7 +125,7 @@ class IndexTerm:
             influence[i].index_add_(0, self.ids[:, lane + i], cotangents[:, i])
 
     def add_gradient(self, gradient: Tensor) -> None:
-        gradient.index_add_(0, self.ids.flatten(), self.cotangents.from_loss().flatten(0, 1))
+        gradient.index_add_(0, self.ids.flatten(), self.cotangents.loss.flatten(0, 1))
 
 
 @dataclass
@@ -140,6 +141,18 @@ class DenseTerm:
 
     def add_gradient(self, gradient: Tensor) -> None:
         gradient += self.gradient
+
+
+def gradient_of(terms: Mapping[Block, list[Term]], shapes: dict[str, torch.Size], like: Tensor) -> dict[str, Tensor]:
+    """Gradient of a loss at a fixed start state, by parameter name, summed over lanes and blocks."""
+    gradients: dict[str, Tensor] = {}
+    for block, found in terms.items():
+        total = like.new_zeros(block.columns, block.rows)
+        for term in found:
+            term.add_gradient(total)
+        for name, part in block.split(total, shapes).items():
+            gradients[name] = gradients[name] + part if name in gradients else part
+    return gradients
 
 
 @dataclass
@@ -160,13 +173,7 @@ class WindowLinearization:
 
     def gradient(self) -> dict[str, Tensor]:
         """Gradient of the window's loss at a fixed start state, by parameter name, summed over lanes."""
-        gradients: dict[str, Tensor] = {}
-        for block, terms in self.terms.items():
-            total = self.transition.new_zeros(block.columns, block.rows)
-            for term in terms:
-                term.add_gradient(total)
-            gradients |= block.split(total, self.shapes)
-        return gradients
+        return gradient_of(self.terms, self.shapes, self.cotangent)
 
     def immediate(self) -> dict[str, Tensor]:
         """M in full by parameter name, [B, S, *shape]. Large: for representations that want no factors, and tests."""
@@ -179,19 +186,30 @@ class WindowLinearization:
         return result
 
 
+def unshared(blocks: Iterable[Block], shapes: dict[str, torch.Size]) -> list[Block]:
+    """The same parameters with none in two blocks: members of blocks that share one get blocks of their own."""
+    blocks = list(blocks)
+    count = Counter(member.name for block in blocks for member in block.members)
+    result: dict[Block, None] = {}
+    for block in blocks:
+        if all(count[member.name] == 1 for member in block.members):
+            result[block] = None
+        else:
+            result |= {Block.alone(member.name, shapes[member.name]): None for member in block.members}
+    return list(result)
+
+
 def separate(linearization: WindowLinearization) -> WindowLinearization:
-    """The same with no parameter in two blocks: blocks that share one are replaced by M in full."""
+    """The same in ``unshared`` blocks: M is made in full where a block had to be replaced."""
     terms, shapes = linearization.terms, linearization.shapes
-    count = Counter(member.name for block in terms for member in block.members)
-    shared = {block: found for block, found in terms.items() if any(count[m.name] > 1 for m in block.members)}
-    if not shared:
-        return linearization
-    result = {block: found for block, found in terms.items() if block not in shared}
-    for block, found in shared.items():
+    result: dict[Block, list[Term]] = {block: [] for block in unshared(terms, shapes)}
+    for block, found in terms.items():
+        if block in result:
+            result[block] += found
+            continue
         part = replace(linearization, terms={block: found})
         gradients = part.gradient()
         for name, m in part.immediate().items():  # [B, S, *shape]
             jacobian = m.flatten(2).transpose(1, 2)[:, None]
-            alone = Block.alone(name, shapes[name])
-            result.setdefault(alone, []).append(DenseTerm(jacobian, gradients[name].reshape(1, -1)))
+            result[Block.alone(name, shapes[name])].append(DenseTerm(jacobian, gradients[name].reshape(1, -1)))
     return replace(linearization, terms=result)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from rtrl_moe_pl.linearization import WindowLinearization
+from rtrl_moe_pl.linearization import Block, Term, WindowLinearization
+from rtrl_moe_pl.linearization.window import gradient_of
 
 
 class Sensitivity(ABC):
@@ -52,14 +54,24 @@ class Sensitivity(ABC):
     def advance(self, linearization: WindowLinearization) -> None:
         """Carry P over one window, P <- J P + M."""
 
+    def contract(self, cotangent: Tensor, terms: Mapping[Block, list[Term]]) -> dict[str, Tensor]:
+        """A loss's whole gradient: what it hands back to the state P is of, and its own part inside the window.
+
+        Args:
+            cotangent: dL/ds_start, [B, S].
+            terms: of the window, see ``WindowLinearization``; only their gradients are used.
+        """
+        gradients = gradient_of(terms, self.shapes, cotangent)
+        for name, part in self.vjp(cotangent).items():
+            gradients[name] = gradients[name] + part if name in gradients else part
+        return gradients
+
     def contract_and_advance(self, linearization: WindowLinearization) -> dict[str, Tensor]:
-        """The window's whole gradient, ``(dL/ds_start) P`` and its own part; then ``advance``.
+        """``contract``, then ``advance``.
 
         The two accesses to P in the only right order. A representation may join them to pass over P once.
         """
-        gradients = linearization.gradient()
-        for name, part in self.vjp(linearization.cotangent).items():
-            gradients[name] = gradients[name] + part if name in gradients else part
+        gradients = self.contract(linearization.cotangent, linearization.terms)
         self.advance(linearization)
         return gradients
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl_moe_pl.gradients import GradientAlgorithm, SequenceResult, sequence_gradient
+from rtrl_moe_pl.gradients import RTRL, GradientAlgorithm, SequenceResult, sequence_gradient
 
 EXACT = 1e-9
 OUTPUTS = 2
@@ -117,9 +117,18 @@ def total_error(grads: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 
 
 def assert_exact(problem: Problem, *algorithms: GradientAlgorithm, tolerance: float = EXACT) -> dict[str, Tensor]:
-    """The algorithms' losses, outputs, states and gradients are those of the plain loop, which are returned."""
+    """The algorithms' losses, outputs, states and gradients are those of the plain loop, which are returned.
+
+    RTRL is also run with P advanced after every window, and after every other one.
+    """
     loss, outputs, truth = plain_autograd(problem)
-    for algorithm in algorithms:
+    chunked = [
+        RTRL(window=algorithm.window, chunk=count * algorithm.window)
+        for algorithm in algorithms
+        if isinstance(algorithm, RTRL) and algorithm.window and algorithm.chunk is None
+        for count in (1, 2)
+    ]
+    for algorithm in (*algorithms, *chunked):
         result = problem.solve(algorithm)
         assert worst_error(result.grads, truth) <= tolerance, algorithm
         assert abs(result.loss - loss) <= tolerance * max(1.0, abs(loss)), algorithm

@@ -16,7 +16,6 @@ from rtrl_moe_pl.gradients import (
     TBPTT,
     GradientAlgorithm,
     SequenceResult,
-    rtrl,
     sequence_gradient,
 )
 from tests.gradients.problem import (
@@ -239,14 +238,13 @@ def test_inputs_and_state_with_a_graph_are_constants() -> None:
         assert worst_error(problem.solve(algorithm).grads, expected) <= 1e-9
 
 
-# -- windows cut into segments -------------------------------------------------------------------------------------
+# -- windows cut into chunks ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 3, 4])
 @pytest.mark.parametrize("kind", ["taps", "functional", "branch"])
-def test_windows_longer_than_a_segment(length: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window is differentiated in segments; the gradient is that of one window."""
-    monkeypatch.setattr(rtrl, "longest_segment", lambda *sizes: length)
+def test_windows_longer_than_a_chunk(length: int, kind: str) -> None:
+    """A window is differentiated in parts; the gradient is that of one window."""
     torch.manual_seed(0)
 
     class Functional(UserCell):
@@ -266,7 +264,7 @@ def test_windows_longer_than_a_segment(length: int, kind: str, monkeypatch: pyte
     problem = make_problem(cell, inputs=inputs, starts=starts)
     if kind == "branch" and length > 1:
         with pytest.warns(UserWarning, match="exact but slow"):
-            truth = assert_exact(problem, RTRL(window=11))
+            truth = assert_exact(problem, RTRL(window=11, chunk=length))
     else:
-        truth = assert_exact(problem, RTRL(window=11))
+        truth = assert_exact(problem, RTRL(window=11, chunk=length))
     assert total_error(problem.solve(TBPTT(window=length)).grads, truth) > 1e-3

@@ -16,6 +16,8 @@ from torch.func import functional_call
 
 from rtrl_moe_pl.cells import GRU, LSTM, SimpleRNN, Stack, VanillaRNN
 from rtrl_moe_pl.gradients import RTRL, TBPTT, GradientAlgorithm
+from rtrl_moe_pl.linearization import Linearizer, Tail
+from rtrl_moe_pl.linearization.backward import MatrixBackward, TapBackward
 from tests.gradients.problem import Problem, make_problem, total_error, weighted_squares, worst_error
 from tests.gradients.user_cells.matrices import LeftMatrix, TiedForwardAndBack
 from tests.gradients.user_cells.modules import Tokens
@@ -107,10 +109,11 @@ def _problem(kind: str) -> Problem:
     return make_problem(cell, batch=3, steps=STEPS, starts=starts, weights=weights)
 
 
+@pytest.mark.parametrize("chunk", [None, 1, WINDOW, 2 * WINDOW])
 @pytest.mark.parametrize("kind", sorted(CELLS))
-def test_shared_offset(kind: str) -> None:
+def test_shared_offset(kind: str, chunk: int | None) -> None:
     problem = _problem(kind)
-    values, grads = train(problem, RTRL(window=WINDOW))
+    values, grads = train(problem, RTRL(window=WINDOW, chunk=chunk))
     for w in range(len(values)):
         truth = window_gradient(problem, values[: w + 1])
         assert worst_error(grads[w], truth) <= 1e-10
@@ -120,6 +123,34 @@ def test_shared_offset(kind: str) -> None:
     assert total_error(replayed, window_gradient(problem, values)) > 1e-3
     used, truncated = train(_problem(kind), TBPTT(window=WINDOW))
     assert total_error(truncated[last], window_gradient(problem, used)) > 1e-3
+
+
+@pytest.mark.parametrize("forgetful", [False, True])
+@pytest.mark.parametrize("cell", [VanillaRNN, GRU])
+def test_a_chunk_keeps_the_weights_it_was_run_with(
+    cell: type[VanillaRNN | GRU], forgetful: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows not yet part of P go on as they were differentiated; with the weights of today (control) it fails."""
+    if forgetful:
+        pull_back = Linearizer.pull_back
+
+        def with_the_weights_of_today(self: Linearizer, tail: Tail, cotangents: Tensor) -> Any:
+            again = tail.backward
+            if isinstance(again, TapBackward):
+                weight = self.cell.recurrent.weight.detach()  # type: ignore[union-attr, operator]
+                again.weight = [weight.expand_as(w) for w in again.weight]  # type: ignore[operator]
+            elif isinstance(again, MatrixBackward):
+                again.transitions = [again.transitions[-1]] * len(tail)
+            return pull_back(self, tail, cotangents)
+
+        monkeypatch.setattr(Linearizer, "pull_back", with_the_weights_of_today)
+    torch.manual_seed(4)
+    starts = torch.zeros(3, STEPS, dtype=torch.bool)
+    starts[:, 0] = True
+    problem = make_problem(cell(3, 5).double(), batch=3, steps=STEPS, starts=starts)
+    values, grads = train(problem, RTRL(window=WINDOW, chunk=STEPS))
+    errors = [total_error(grads[w], window_gradient(problem, values[: w + 1])) for w in range(len(values))]
+    assert max(errors) > 1e-3 if forgetful else max(errors) <= 1e-10
 
 
 def test_parameter_shared_with_the_readout() -> None:
@@ -140,7 +171,7 @@ def test_parameter_shared_with_the_readout() -> None:
     starts = torch.zeros(2, STEPS, dtype=torch.bool)
     starts[:, 0] = starts[1, 7] = True
     problem = make_problem(cell, inputs=torch.randint(0, 5, (2, STEPS)), readout=Tied(table), starts=starts)
-    values, grads = train(problem, RTRL(window=WINDOW))
+    values, grads = train(problem, RTRL(window=WINDOW, chunk=2 * WINDOW))
     for w in range(len(values)):
         truth = window_gradient(problem, values[: w + 1])
         assert truth.keys() == {"cell.input.weight", "cell.input.bias", "cell.table.weight"} | {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.cells import GRU, LSTM, Stack
-from rtrl_moe_pl.gradients import BPTT, RTRL, audit_gradient, rtrl
-from rtrl_moe_pl.linearization import WindowLinearization, linearizer
+from rtrl_moe_pl.gradients import BPTT, RTRL, audit_gradient
+from rtrl_moe_pl.linearization import Tail, WindowLinearization, linearizer
 from rtrl_moe_pl.sensitivities import DenseSensitivity, Sensitivity
 from tests.gradients.problem import Problem, make_problem, plain_autograd, total_error, weighted_squares, worst_error
 
@@ -23,42 +23,31 @@ class Mended(DenseSensitivity):
     """The accesses one after another, as the faults below change them."""
 
     def contract_and_advance(self, linearization: WindowLinearization) -> dict[str, Tensor]:
-        gradients = linearization.gradient()
-        for name, part in self.read_and_write(linearization).items():
-            gradients[name] = gradients[name] + part if name in gradients else part
-        return gradients
+        return Sensitivity.contract_and_advance(self, linearization)
 
-    def read_and_write(self, linearization: WindowLinearization) -> dict[str, Tensor]:
-        parts = self.contract(linearization.cotangent)
-        self.carry(linearization)
-        return parts
-
-    def contract(self, cotangent: Tensor) -> dict[str, Tensor]:
-        return self.vjp(cotangent)
-
-    def carry(self, linearization: WindowLinearization) -> None:
-        super().contract_and_advance(linearization)
+    def advance(self, linearization: WindowLinearization) -> None:
+        DenseSensitivity.contract_and_advance(self, linearization)
 
 
 class AdvanceFirst(Mended):
     """The loss is contracted with the influence at the window's end, which holds the window itself already."""
 
-    def read_and_write(self, linearization: WindowLinearization) -> dict[str, Tensor]:
-        self.carry(linearization)
-        return self.contract(linearization.cotangent)
+    def contract_and_advance(self, linearization: WindowLinearization) -> dict[str, Tensor]:
+        self.advance(linearization)
+        return self.contract(linearization.cotangent, linearization.terms)
 
 
 class MeanOverLanes(Mended):
     """The influence is averaged over the batch, where the loss has been summed."""
 
-    def contract(self, cotangent: Tensor) -> dict[str, Tensor]:
-        return {name: part / len(cotangent) for name, part in self.vjp(cotangent).items()}
+    def vjp(self, cotangent: Tensor) -> dict[str, Tensor]:
+        return {name: part / len(cotangent) for name, part in super().vjp(cotangent).items()}
 
 
 class SharedByLanes(Mended):
     """One influence matrix for all lanes: their mean."""
 
-    def contract(self, cotangent: Tensor) -> dict[str, Tensor]:
+    def vjp(self, cotangent: Tensor) -> dict[str, Tensor]:
         dense = self.to_dense()
         return {name: torch.einsum("bs,s...->...", cotangent, p.mean(0)) for name, p in dense.items()}
 
@@ -66,23 +55,23 @@ class SharedByLanes(Mended):
 class IdleWithoutLoss(Mended):
     """Windows without a loss are skipped: their zero cotangent is taken for nothing to do."""
 
-    def carry(self, linearization: WindowLinearization) -> None:
+    def advance(self, linearization: WindowLinearization) -> None:
         if any(bool(g.any()) for g in linearization.gradient().values()):
-            super().carry(linearization)
+            super().advance(linearization)
 
 
 class LayerLocal(Mended):
     """Every layer carries its own influence only: credit across layers stops at the window."""
 
-    def carry(self, linearization: WindowLinearization) -> None:
+    def advance(self, linearization: WindowLinearization) -> None:
         mask = torch.block_diag(*[torch.ones(n, n, dtype=torch.float64) for n in SIZES])
-        super().carry(replace(linearization, transition=linearization.transition * mask))
+        super().advance(replace(linearization, transition=linearization.transition * mask))
 
 
 class Held(Mended):
     """The influence is never written."""
 
-    def carry(self, linearization: WindowLinearization) -> None:
+    def advance(self, linearization: WindowLinearization) -> None:
         return None
 
 
@@ -92,7 +81,7 @@ def algorithm_with(kind: type[DenseSensitivity], window: int) -> RTRL:
         def _sensitivity(shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
             return kind(shapes, state.shape[0], state.shape[1], state.dtype, state.device)
 
-    return Faulty(window=window)
+    return Faulty(window=window, chunk=window)
 
 
 @pytest.fixture
@@ -131,10 +120,15 @@ def test_fault_is_noticed(problem: Problem, fault: str, window: int) -> None:
 
 
 def _without_starts(sweep: Callable[..., Any]) -> Callable[..., Any]:
-    """The reverse sweep of a window in which no lane ever starts."""
+    """The reverse sweep over steps at which no lane ever starts."""
 
-    def faulty(derivatives: Any, cotangents: Tensor, starts: Tensor, starting: list[bool], *rest: Any) -> Any:
-        return sweep(derivatives, cotangents, starts, [False] * len(starting), *rest)
+    def faulty(tail: Tail, *rest: Any, **more: Any) -> Any:
+        starts = tail.starts
+        tail.starts = [None] * len(starts)
+        try:
+            return sweep(tail, *rest, **more)
+        finally:
+            tail.starts = starts
 
     return faulty
 
@@ -142,30 +136,31 @@ def _without_starts(sweep: Callable[..., Any]) -> Callable[..., Any]:
 def _late_starts(sweep: Callable[..., Any]) -> Callable[..., Any]:
     """A reset at the end of the window that holds the start, as if starts came between windows only."""
 
-    def faulty(derivatives: Any, cotangents: Tensor, starts: Tensor | None, *rest: Any) -> Any:
-        result = _without_starts(sweep)(derivatives, cotangents, starts, *rest)
-        if starts is not None:
-            result.transition[starts.any(1)] = 0.0
-            result.cotangent[starts.any(1)] = 0.0
+    def faulty(tail: Tail, *rest: Any, **more: Any) -> Any:
+        result = _without_starts(sweep)(tail, *rest, **more)
+        for here in tail.starts:
+            if here is not None:
+                result.start[here] = 0.0
         return result
 
     return faulty
 
 
+@pytest.mark.parametrize("chunk", [None, 1])
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("fault", [_without_starts, _late_starts])
 def test_missing_reset_is_noticed(
-    problem: Problem, window: int, fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    problem: Problem, window: int, chunk: int | None, fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, _, truth = plain_autograd(problem)
-    monkeypatch.setattr(linearizer, "sweep", fault(linearizer.sweep))
-    assert total_error(problem.solve(RTRL(window=window)).grads, truth) > 1e-3
+    for name in ("loss_sweep", "state_sweep"):
+        monkeypatch.setattr(linearizer, name, fault(getattr(linearizer, name)))
+    assert total_error(problem.solve(RTRL(window=window, chunk=chunk)).grads, truth) > 1e-3
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS))
-def test_one_window_is_blind(problem: Problem, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why no test here uses a window as long as the sequence: none of these faults shows in it."""
-    monkeypatch.setattr(rtrl, "longest_segment", lambda *sizes: 10)
+def test_one_window_is_blind(problem: Problem, fault: str) -> None:
+    """Why no test here uses a chunk as long as the sequence: none of these faults shows in it."""
     problem.starts = None
     _, _, truth = plain_autograd(problem)
     assert worst_error(problem.solve(algorithm_with(FAULTS[fault], 10)).grads, truth) <= 1e-9

@@ -140,7 +140,10 @@ def test_missing_entries_of_a_pattern_are_noticed() -> None:
     assert plan.patterns is not None
     row_of = plan.patterns[0][1].row_of.clone()
     row_of[0, 2] = -1
-    patterns = [[plan.patterns[0][0], Pattern(row_of, 6), *plan.patterns[0][2:]], *plan.patterns[1:]]
+    patterns = [
+        [plan.patterns[0][0], Pattern(row_of, plan.patterns[0][1].colour_of), *plan.patterns[0][2:]],
+        *plan.patterns[1:],
+    ]
     with pytest.raises(PlanMismatch, match="derivative differs from autograd's"):
         step.derivatives(replace(plan, patterns=patterns), x, state)
 

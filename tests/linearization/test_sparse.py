@@ -105,7 +105,7 @@ def test_too_many_colours() -> None:
 
 def test_runs() -> None:
     """Consecutive rows over consecutive columns are one run; a gap or a jump begins another."""
-    pattern = Pattern(torch.tensor([[0, 1, 2, -1, 5, 6, 4], [3, -1, -1, 0, -1, -1, -1]]), 7)
+    pattern = Pattern(torch.tensor([[0, 1, 2, -1, 5, 6, 4], [3, -1, -1, 0, -1, -1, -1]]), torch.zeros(7))
     assert pattern.runs == [
         [Run(0, 0, 3), Run(4, 5, 2), Run(6, 4, 1)],
         [Run(0, 3, 1), Run(3, 0, 1)],
@@ -129,7 +129,7 @@ def test_runs() -> None:
     ],
 )
 def test_kinds(row_of: list[list[int]], rows: int, diagonal: bool, empty: bool) -> None:
-    pattern = Pattern(torch.tensor(row_of), rows)
+    pattern = Pattern(torch.tensor(row_of), torch.zeros(rows))
     assert pattern.is_diagonal == diagonal
     assert pattern.is_empty == empty
 
