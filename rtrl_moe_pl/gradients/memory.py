@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl_moe_pl.linearization import Linearizer, Tail
+from rtrl_moe_pl.linearization import Linearizer, Tail, multiply_out
 from rtrl_moe_pl.sensitivities import Sensitivity
 
 
@@ -47,9 +47,8 @@ class Memory:
     def settle(self) -> None:
         """Let ``base`` cover the tail. Done at any time it changes nothing but rounding."""
         if self.tail is not None and len(self.tail):
-            assert self.linearizer is not None
             no_loss = torch.zeros_like(self.state)[None]
-            self.base.advance(self.linearizer.multiply_out(self.tail, no_loss))
+            self.base.advance(multiply_out(self.tail, no_loss, self.base.shapes))
             self.tail.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
@@ -63,8 +62,9 @@ class Memory:
         self.fresh = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers."""
-        return {"state": self.state, "fresh": self.fresh, "sensitivity": self.sensitivity.state_dict()}
+        """Plain tensors, numbers and strings. Saving leaves everything as it is."""
+        tail = {} if self.tail is None or not len(self.tail) else self.tail.state_dict() | {"size": self.tail.capacity}
+        return {"state": self.state, "fresh": self.fresh, "sensitivity": self.base.state_dict(), "tail": tail}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave.
@@ -79,8 +79,10 @@ class Memory:
             )
         self.state = saved["state"].to(self.state)
         self.fresh = bool(saved["fresh"])
-        self._forget_tail()
         self.base.load_state_dict(saved["sensitivity"])
+        self.tail = Tail(saved["tail"]["size"]) if saved["tail"] else None
+        if self.tail is not None:
+            self.tail.load_state_dict(saved["tail"], self.state)
 
     def _forget_tail(self) -> None:
         if self.tail is not None:

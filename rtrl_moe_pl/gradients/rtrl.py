@@ -23,7 +23,15 @@ from rtrl_moe_pl.gradients.memory import (
     recurrent_parameters,
 )
 from rtrl_moe_pl.gradients.windows import LossFunction, Targets, evaluate_loss, read_out, starting_steps, unroll
-from rtrl_moe_pl.linearization import Linearizer, Steps, Tail, WindowLinearization, refuse_batch_norm
+from rtrl_moe_pl.linearization import (
+    Linearizer,
+    Steps,
+    Tail,
+    WindowLinearization,
+    multiply_out,
+    pull_back,
+    refuse_batch_norm,
+)
 from rtrl_moe_pl.sensitivities import DenseSensitivity, Sensitivity
 
 
@@ -147,7 +155,7 @@ class RTRL(GradientAlgorithm):
                 if found is None:
                     found = segment.linearize_again(linearizer, states[1], part)
                 if isinstance(found, Steps):
-                    _extend_tail(memory, linearizer, found, part, self.chunk_for(cell, linearizer.is_sparse), grads)
+                    _extend_tail(memory, found, part, self.chunk_for(cell, linearizer.is_sparse), grads)
                 else:
                     _add(memory.sensitivity.contract_and_advance(found), grads)
                 begin += length
@@ -230,7 +238,6 @@ def _read(
 
 def _extend_tail(
     memory: Memory,
-    linearizer: Linearizer,
     steps: Steps,
     cotangents: Tensor,  # [k, B, S]
     capacity: int,
@@ -244,9 +251,9 @@ def _extend_tail(
         tail = memory.tail = Tail(capacity)
     tail.append(steps)
     if len(tail) + len(steps) <= tail.capacity:
-        _add(memory.base.contract(*linearizer.pull_back(tail, cotangents)), grads)
+        _add(memory.base.contract(*pull_back(tail, cotangents, memory.base.shapes)), grads)
     else:
-        _add(memory.base.contract_and_advance(linearizer.multiply_out(tail, cotangents)), grads)
+        _add(memory.base.contract_and_advance(multiply_out(tail, cotangents, memory.base.shapes)), grads)
         tail.clear()
 
 

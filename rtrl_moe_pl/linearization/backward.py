@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class Backward(Protocol):
 
     has_tap: bool
 
+    def __init__(self, workspace: Workspace, capacity: int) -> None: ...
+
     def extend(self, derivatives: StepDerivatives, like: Tensor) -> None:
         """Add the steps of ``like`` [k, B, S]; what a parameter's update would change is copied."""
         ...
@@ -32,6 +34,14 @@ class Backward(Protocol):
 
     def add_loss(self, t: int, later: Tensor, earlier: Tensor, out: Tensor | None) -> None:
         """Add the loss's part to what is in ``earlier``: [B, 1, S]."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and lists of them."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], like: Tensor) -> None:
+        """Restore the steps of ``like`` [K, B, S], bit for bit."""
         ...
 
 
@@ -46,13 +56,24 @@ class MatrixBackward:
         self.flipped: list[Tensor] = []
 
     def extend(self, derivatives: StepDerivatives, like: Tensor) -> None:
+        write_transitions(derivatives, self._room(like))
+
+    def _room(self, like: Tensor) -> Tensor:
+        """[S, k B, S] for the matrices ds'/ds of further steps, row index first; they are views of it from now on."""
         steps, batch, size = like.shape
         begin = len(self.flipped)
-        room = self.workspace.empty("transitions", (size, max(self.capacity, begin + steps) * batch, size), like)
-        matrices = transition_matrices(derivatives, like, room[:, begin * batch : (begin + steps) * batch])
-        flipped = matrices.permute(1, 2, 3, 0)  # [k, B, S, S], transposed
+        whole = self.workspace.empty("transitions", (size, max(self.capacity, begin + steps) * batch, size), like)
+        room = whole[:, begin * batch : (begin + steps) * batch]
+        flipped = room.unflatten(1, (steps, batch)).permute(1, 2, 3, 0)  # [k, B, S, S], transposed
         self.flipped += flipped.unbind(0)
         self.transitions += flipped.transpose(2, 3).unbind(0)
+        return room
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"transitions": torch.stack(self.transitions)}
+
+    def load_state_dict(self, state: dict[str, Any], like: Tensor) -> None:
+        self._room(like).copy_(state["transitions"].to(like).flatten(0, 1).transpose(0, 1))
 
     def states(self, t: int, later: Tensor, earlier: Tensor, out: Tensor | None) -> None:
         torch.bmm(self.flipped[t], later, out=earlier)
@@ -78,13 +99,29 @@ class TapBackward:
         jacobian, weight, direct = _scales(derivatives)
         assert jacobian is not None
         assert weight is not None
-        steps, batch, size = like.shape
-        _extend(self.scale, self.scale_row, jacobian.values[0], steps)
+        _extend(self.scale, self.scale_row, jacobian.values[0], len(like))
         if direct is not None:
-            _extend(self.direct, self.direct_row, direct.values[0], steps)
-        weights = weight.clone().expand(batch, size, size)
-        self.weight += [weights] * steps
-        self.flipped += [weights.transpose(1, 2)] * steps
+            _extend(self.direct, self.direct_row, direct.values[0], len(like))
+        self._add_weight(weight.clone(), like)
+
+    def _add_weight(self, weight: Tensor, like: Tensor) -> None:
+        weights = weight.expand(like.shape[1], -1, -1)
+        self.weight += [weights] * len(like)
+        self.flipped += [weights.transpose(1, 2)] * len(like)
+
+    def state_dict(self) -> dict[str, Any]:
+        changes = [t for t, weight in enumerate(self.weight) if not t or weight is not self.weight[t - 1]]
+        state = {"scale": torch.cat(self.scale_row)[:, 0], "changes": changes}
+        state["weights"] = [self.weight[t][0].clone() for t in changes]
+        return state | ({"direct": torch.cat(self.direct_row)[:, 0]} if self.direct else {})
+
+    def load_state_dict(self, state: dict[str, Any], like: Tensor) -> None:
+        _extend(self.scale, self.scale_row, state["scale"].to(like), len(like))
+        if "direct" in state:
+            _extend(self.direct, self.direct_row, state["direct"].to(like), len(like))
+        ends = [*state["changes"][1:], len(like)]
+        for weight, begin, end in zip(state["weights"], state["changes"], ends, strict=True):
+            self._add_weight(weight.to(like), like[begin:end])
 
     def states(self, t: int, later: Tensor, earlier: Tensor, out: Tensor | None) -> None:
         assert out is not None
@@ -115,6 +152,12 @@ class ElementwiseBackward:
         assert direct is not None
         _extend(self.direct, self.direct_row, direct.values[0], len(like))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"direct": torch.cat(self.direct_row)[:, 0]}
+
+    def load_state_dict(self, state: dict[str, Any], like: Tensor) -> None:
+        _extend(self.direct, self.direct_row, state["direct"].to(like), len(like))
+
     def states(self, t: int, later: Tensor, earlier: Tensor, out: Tensor | None) -> None:
         torch.mul(later, self.direct[t], out=earlier)
 
@@ -122,7 +165,7 @@ class ElementwiseBackward:
         earlier.addcmul_(later, self.direct_row[t])
 
 
-def kind_of_backward(derivatives: StepDerivatives) -> type[MatrixBackward | TapBackward | ElementwiseBackward]:
+def kind_of_backward(derivatives: StepDerivatives) -> type[Backward]:
     """The cheapest that these derivatives allow."""
     through = [j for j, w in derivatives.sparse if w is not None]
     if derivatives.dense is not None or len(through) > 1 or not derivatives.sparse:
@@ -130,6 +173,9 @@ def kind_of_backward(derivatives: StepDerivatives) -> type[MatrixBackward | TapB
     if not all(j.pattern.is_diagonal for j, _ in derivatives.sparse):
         return MatrixBackward
     return TapBackward if through else ElementwiseBackward
+
+
+KINDS = {kind.__name__: kind for kind in (MatrixBackward, TapBackward, ElementwiseBackward)}
 
 
 def tap_on_the_way(derivatives: StepDerivatives) -> Key:
@@ -145,21 +191,17 @@ def jacobian_key(jacobian: Jacobian) -> Key:
     return tuple((v.data_ptr(), v.shape, v.stride()) for v in values)
 
 
-def transition_matrices(derivatives: StepDerivatives, like: Tensor, room: Tensor) -> Tensor:
-    """ds'/ds of every row, row index first: [S, k, B, S], in ``room`` [S, k B, S] where it is made of factors."""
-    steps, batch, size = like.shape
-    if not derivatives.sparse and derivatives.dense is not None:
-        return derivatives.dense.transpose(0, 1).unflatten(1, (steps, batch))
+def write_transitions(derivatives: StepDerivatives, out: Tensor) -> None:
+    """ds'/ds of N rows, row index first: [S, N, S]."""
     if derivatives.sparse:
-        eye = torch.eye(size, dtype=like.dtype, device=like.device)
+        eye = torch.eye(len(out), dtype=out.dtype, device=out.device)
         factors = [jacobian.by_row(eye if w is None else w) for jacobian, w in derivatives.sparse]
         left, right = (torch.cat(parts, axis) for parts, axis in zip(zip(*factors, strict=True), (2, 1), strict=True))
-        torch.bmm(left, right, out=room)  # [S, N, G] by [S, G, S]
+        torch.bmm(left, right, out=out)  # [S, N, G] by [S, G, S]
     else:
-        room.zero_()
+        out.zero_()
     if derivatives.dense is not None:
-        room += derivatives.dense.transpose(0, 1)
-    return room.unflatten(1, (steps, batch))
+        out += derivatives.dense.transpose(0, 1)
 
 
 def _scales(derivatives: StepDerivatives) -> tuple[SparseJacobian | None, Tensor | None, SparseJacobian | None]:

@@ -158,7 +158,7 @@ class Linearizer:
         with torch.no_grad():
             loss = loss_sweep(self._alone, cotangents)
             state = state_sweep(self._alone, loss.taps, keep_states=bool(untapped), keep_initial=True)
-            terms: dict[Block, list[Term]] = defaultdict(list, tap_terms(self._alone.taps, state.taps, self.trainable))
+            terms: dict[Block, list[Term]] = defaultdict(list, tap_terms(self._alone.taps, state.taps, self.shapes))
         if state.states is not None and untapped:
             dense = functional_terms(self.cell, untapped, inputs, given, state.states, loss.losses, returned)
             for block, functional in dense.items():
@@ -168,27 +168,6 @@ class Linearizer:
                 terms[block] += learned
                 self._initial_names |= {member.name for member in block.members}
         return separate(WindowLinearization(state.start, loss.start, dict(terms), self.shapes))
-
-    @torch.no_grad()
-    def pull_back(self, tail: Tail, cotangents: Tensor) -> tuple[Tensor, dict[Block, list[Term]]]:
-        """A loss on the tail's last k steps, as its cotangent of the state the tail began with, and its own part.
-
-        Args:
-            cotangents: of the states returned, from the loss, [k, B, S].
-
-        Returns:
-            [B, S]; and terms of which only the gradients are of use.
-        """
-        swept = loss_sweep(tail, cotangents)
-        return swept.start, tap_terms(tail.taps, swept.taps, self.trainable)
-
-    @torch.no_grad()
-    def multiply_out(self, tail: Tail, cotangents: Tensor) -> WindowLinearization:
-        """A tail as one window, with the loss of ``pull_back``."""
-        loss = loss_sweep(tail, cotangents)
-        state = state_sweep(tail, loss.taps)
-        terms = tap_terms(tail.taps, state.taps, self.trainable)
-        return separate(WindowLinearization(state.start, loss.start, terms, self.shapes))
 
     def _new_plan(self, x: Tensor, state: Tensor, previous: Plan | None = None) -> Plan:
         """A plan whose parameter gradients equal autograd's for a random cotangent of every row."""
@@ -211,7 +190,7 @@ class Linearizer:
         probe = self._step.probe(outputs)[None]  # every row as a lane of one step
         with torch.no_grad():
             cotangents = {jacobian_key(j): loss_cotangents(j, probe) for _, j in derivatives.taps}
-            terms = tap_terms(derivatives.taps, cotangents, self.trainable)
+            terms = tap_terms(derivatives.taps, cotangents, self.shapes)
             found = gradient_of(terms, self.shapes, probe)
         free = {name: p for name, p in self.trainable.items() if name not in plan.untapped}
         if not free:

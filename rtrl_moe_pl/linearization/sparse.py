@@ -49,6 +49,11 @@ class Pattern:
         return len(self.colour_of)
 
     @cached_property
+    def key(self) -> tuple[list[list[int]], list[int]]:
+        """Equal for equal patterns."""
+        return self.row_of.tolist(), self.colour_of.tolist()
+
+    @cached_property
     def seeds(self) -> Tensor:
         """The cotangent of each colour: 1 for its rows, [colours, V]."""
         numbers = torch.arange(len(self.row_of), device=self.colour_of.device)

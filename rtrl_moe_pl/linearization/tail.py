@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization.backward import (
+    KINDS,
     Backward,
     Key,
     jacobian_key,
     kind_of_backward,
     tap_on_the_way,
 )
-from rtrl_moe_pl.linearization.sparse import SparseJacobian
+from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian
 from rtrl_moe_pl.linearization.step import Jacobian, StepDerivatives
 from rtrl_moe_pl.linearization.taps import Tap
 from rtrl_moe_pl.linearization.workspace import Workspace
@@ -41,14 +44,8 @@ class Steps:
 
     @cached_property
     def structure(self) -> object:
-        """Equal for steps whose taps can be gathered: the same parameters, shapes and shared tensors."""
-        leaves = _leaves(self.derivatives.taps)
-        order = {place: number for number, place in enumerate(leaves)}
-        taps = []
-        for tap, jacobian in self.derivatives.taps:
-            pattern = id(jacobian.pattern) if isinstance(jacobian, SparseJacobian) else None
-            taps.append((tap.signature, pattern, [order[_place(value)] for value in _tensors(tap, jacobian)]))
-        return kind_of_backward(self.derivatives), [(v.shape[1:], v.dtype) for v in leaves.values()], taps
+        """Equal for steps that one tail can hold."""
+        return _structure(kind_of_backward(self.derivatives).__name__, self.derivatives.taps)
 
 
 class Tail:
@@ -68,20 +65,24 @@ class Tail:
 
     def clear(self) -> None:
         """Forget the steps; buffers are kept."""
-        self.windows = 0
         self.starts: list[Tensor | None] = []  # per step the lanes that start, [B] bool; None for none
         self.taps: list[tuple[Tap, Jacobian]] = []
         self.backward: Backward | None = None
-        self.on_the_way: Key | None = None  # the tap whose cotangents the backward steps meet
-        self.like: Tensor | None = None
+        self.met = -1  # the number of the tap whose cotangents the backward steps meet, if they do
+        self.like: Tensor | None = None  # [B, S]
         self._structure: object = None
 
     def __len__(self) -> int:
         return len(self.starts)
 
+    @property
+    def on_the_way(self) -> Key | None:
+        """The ``jacobian_key`` of the tap whose cotangents the backward steps meet."""
+        return None if self.met < 0 else jacobian_key(self.taps[self.met][1])
+
     def takes(self, steps: Steps) -> bool:
         """Whether these steps can be added: there is room, and they were differentiated in the same way."""
-        if not self.windows:
+        if not len(self):
             return True
         return len(self) + len(steps) <= self.capacity and self._structure == steps.structure
 
@@ -89,21 +90,74 @@ class Tail:
         """Add what ``takes`` allows."""
         derivatives, count, rows = steps.derivatives, len(steps), len(self) * steps.like.shape[1]
         if self.backward is None:
-            self.backward = kind_of_backward(derivatives)(self.workspace, self.capacity)
+            self._begin(kind_of_backward(derivatives), steps.like[0])
             self._structure = steps.structure
-            self.like = steps.like[0]
+        assert self.backward is not None
         self.backward.extend(derivatives, steps.like)
-        self.taps = self._gathered(derivatives.taps, rows, count) if self.windows else derivatives.taps
-        if self.backward.has_tap:
-            place = next(
-                i for i, (_, j) in enumerate(derivatives.taps) if jacobian_key(j) == tap_on_the_way(derivatives)
-            )
-            self.on_the_way = jacobian_key(self.taps[place][1])
+        self.taps = self._gathered(derivatives.taps, rows, count) if rows else derivatives.taps
+        if self.backward.has_tap and not rows:
+            met = tap_on_the_way(derivatives)
+            self.met = next(i for i, (_, jacobian) in enumerate(self.taps) if jacobian_key(jacobian) == met)
         starts = None if steps.starts is None else steps.starts.clone()
         self.starts += [
             starts[:, t] if starts is not None and there else None for t, there in enumerate(steps.starting)
         ]
-        self.windows += 1
+
+    def _begin(self, kind: type[Backward], like: Tensor) -> None:
+        self.backward, self.like = kind(self.workspace, self.capacity), like
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers and strings; empty without steps."""
+        if self.backward is None or self.like is None:
+            return {}
+        leaves = _leaves(self.taps)
+        order = {place: number for number, place in enumerate(leaves)}
+        none = torch.zeros(len(self.like), dtype=torch.bool, device=self.like.device)
+        taps = []
+        for tap, jacobian in self.taps:
+            pattern = jacobian.pattern if isinstance(jacobian, SparseJacobian) else None
+            taps.append(
+                {
+                    "names": [tap.weight or "", tap.bias or ""],
+                    "transposed": tap.transposed,
+                    "output": list(tap.output.shape[1:]),
+                    "has_input": tap.input is not None,
+                    "leaves": [order[_place(value)] for value in _tensors(tap, jacobian)],
+                    "pattern": [] if pattern is None else [pattern.row_of, pattern.colour_of],
+                }
+            )
+        return {
+            "starts": torch.stack([none if here is None else here for here in self.starts]),
+            "leaves": [leaf.clone() for leaf in leaves.values()],
+            "taps": taps,
+            "met": self.met,
+            "kind": type(self.backward).__name__,
+            "backward": self.backward.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], like: Tensor) -> None:
+        """Restore what ``state_dict`` gave, bit for bit; ``like`` [B, S] has the type and device."""
+        self.clear()
+        if not state:
+            return
+        leaves = [leaf.to(like.device, like.dtype if leaf.is_floating_point() else None) for leaf in state["leaves"]]
+        for saved in state["taps"]:
+            own = [leaves[number] for number in saved["leaves"]]
+            source = own.pop(0) if saved["has_input"] else None
+            output = torch.empty(1, *saved["output"])
+            weight, bias = (name or None for name in saved["names"])
+            tap = Tap(output, source, weight, bias, saved["transposed"])
+            if not saved["pattern"]:
+                self.taps.append((tap, own[0]))
+            else:
+                pattern = Pattern(*(part.to(like.device) for part in saved["pattern"]))
+                self.taps.append((tap, SparseJacobian(pattern, own)))
+        self.starts = [here if bool(here.any()) else None for here in state["starts"].to(like.device)]
+        self._begin(KINDS[state["kind"]], like)
+        assert self.backward is not None
+        self.backward.load_state_dict(state["backward"], like.expand(len(self), -1, -1))
+        self.met = state["met"]
+        self._structure = _structure(state["kind"], self.taps)
 
     def _gathered(self, taps: list[tuple[Tap, Jacobian]], rows: int, count: int) -> list[tuple[Tap, Jacobian]]:
         """All steps' taps: those held, ``rows`` rows, and ``taps`` after them."""
@@ -125,6 +179,17 @@ class Tail:
                 whole = joined[_place(jacobian)]
             result.append((replace(tap, input=source), whole))
         return result
+
+
+def _structure(kind: str, taps: list[tuple[Tap, Jacobian]]) -> object:
+    """Equal for steps whose taps can be gathered: the same parameters, shapes, patterns and shared tensors."""
+    leaves = _leaves(taps)
+    order = {place: number for number, place in enumerate(leaves)}
+    forms = []
+    for tap, jacobian in taps:
+        pattern = jacobian.pattern.key if isinstance(jacobian, SparseJacobian) else None
+        forms.append((tap.signature, pattern, [order[_place(value)] for value in _tensors(tap, jacobian)]))
+    return kind, [(v.shape[1:], v.dtype) for v in leaves.values()], forms
 
 
 def _place(value: Tensor) -> Key:

@@ -29,41 +29,41 @@ class _Meeting:
 def tap_terms(
     taps: Sequence[tuple[Tap, Jacobian]],
     cotangents: Mapping[Key, Cotangents],
-    trainable: dict[str, Tensor],
+    shapes: Mapping[str, torch.Size],
 ) -> dict[Block, list[Term]]:
     """Blocks and terms of all taps with a trainable parameter."""
-    meetings = _meet(taps, cotangents, trainable)
-    uses = Counter(name for m in meetings for name in (m.tap.weight, m.tap.bias) if name in trainable)
+    meetings = _meet(taps, cotangents, shapes)
+    uses = Counter(name for m in meetings for name in (m.tap.weight, m.tap.bias) if name in shapes)
     terms: dict[Block, list[Term]] = defaultdict(list)
 
     joint: dict[Key, list[_Meeting]] = defaultdict(list)
     for meeting in meetings:
         tap = meeting.tap
-        names = [n for n in (tap.weight, tap.bias) if n in trainable]
+        names = [n for n in (tap.weight, tap.bias) if n is not None and n in shapes]
         if tap.is_lookup:
             assert tap.weight is not None
             assert meeting.inputs is not None
-            vocabulary, width = trainable[tap.weight].shape
+            vocabulary, width = shapes[tap.weight]
             block = Block(width, vocabulary, (Member(tap.weight, 0, vocabulary, transposed=True),))
             terms[block].append(IndexTerm(meeting.cotangents, meeting.inputs))
         elif all(uses[name] == 1 for name in names):
             joint[meeting.key].append(meeting)
         else:
             for name in names:
-                block, inputs = _single(meeting, name, trainable)
+                block, inputs = _single(meeting, name, shapes)
                 terms[block].append(OuterTerm(meeting.cotangents, inputs))
     for group in joint.values():
-        block, inputs = _grouped(group, trainable)
+        block, inputs = _grouped(group, shapes)
         terms[block].append(OuterTerm(group[0].cotangents, inputs))
     return dict(terms)
 
 
 def _meet(
-    taps: Sequence[tuple[Tap, Jacobian]], known: Mapping[Key, Cotangents], trainable: dict[str, Tensor]
+    taps: Sequence[tuple[Tap, Jacobian]], known: Mapping[Key, Cotangents], shapes: Mapping[str, torch.Size]
 ) -> list[_Meeting]:
     meetings = []
     for tap, jacobian in taps:
-        if tap.weight not in trainable and tap.bias not in trainable:
+        if tap.weight not in shapes and tap.bias not in shapes:
             continue
         key = jacobian_key(jacobian)
         cotangents, inputs = known[key], tap.input
@@ -86,16 +86,16 @@ def _as_steps(value: Tensor, copies: int) -> Tensor:
     return value.unflatten(2, (copies, value.shape[2] // copies)).transpose(1, 2).flatten(0, 1)
 
 
-def _single(meeting: _Meeting, name: str, trainable: dict[str, Tensor]) -> tuple[Block, Tensor | None]:
-    tap, parameter = meeting.tap, trainable[name]
+def _single(meeting: _Meeting, name: str, shapes: Mapping[str, torch.Size]) -> tuple[Block, Tensor | None]:
+    tap, shape = meeting.tap, shapes[name]
     if name != tap.weight:
-        return Block.alone(name, parameter.shape), None
+        return Block.alone(name, shape), None
     assert meeting.inputs is not None
     width = meeting.inputs.shape[-1]
-    return Block(parameter.numel() // width, width, (Member(name, 0, width, tap.transposed),)), meeting.inputs
+    return Block(shape.numel() // width, width, (Member(name, 0, width, tap.transposed),)), meeting.inputs
 
 
-def _grouped(group: list[_Meeting], trainable: dict[str, Tensor]) -> tuple[Block, Tensor | None]:
+def _grouped(group: list[_Meeting], shapes: Mapping[str, torch.Size]) -> tuple[Block, Tensor | None]:
     """One block for all parameters that meet the same cotangents, their inputs side by side."""
     members: list[Member] = []
     inputs: list[Tensor] = []
@@ -103,7 +103,7 @@ def _grouped(group: list[_Meeting], trainable: dict[str, Tensor]) -> tuple[Block
     cotangents = group[0].cotangents
     for meeting in group:
         tap = meeting.tap
-        if tap.weight in trainable:
+        if tap.weight in shapes:
             assert tap.weight is not None
             assert meeting.inputs is not None
             width = meeting.inputs.shape[-1]
@@ -111,14 +111,13 @@ def _grouped(group: list[_Meeting], trainable: dict[str, Tensor]) -> tuple[Block
             inputs.append(meeting.inputs)
             columns += width
     for meeting in group:
-        if meeting.tap.bias in trainable:
+        if meeting.tap.bias in shapes:
             assert meeting.tap.bias is not None
             members.append(Member(meeting.tap.bias, columns, 1))
-            like = trainable[meeting.tap.bias]
-            inputs.append(torch.ones(1, 1, 1, dtype=like.dtype, device=like.device).expand(*cotangents.shape[:2], 1))
+            inputs.append(cotangents.loss.new_ones(1, 1, 1).expand(*cotangents.shape[:2], 1))
             columns += 1
     block = Block(cotangents.shape[2], columns, tuple(members))
-    if all(meeting.tap.weight not in trainable for meeting in group):
+    if all(meeting.tap.weight not in shapes for meeting in group):
         if len(members) == 1:
             return block, None
     return block, torch.cat(inputs, -1)

@@ -95,7 +95,7 @@ class SequenceModule(ManualModule):
 
         def diagnose() -> str | None:
             tensors = {"inputs": inputs, "state": result.memory.state, "outputs": result.outputs, "loss": result.loss}
-            tensors["influence norm"] = result.memory.sensitivity.norm()
+            tensors["influence norm"] = result.memory.base.norm()
             return first_bad([*tensors.items(), *((f"gradient of {name}", g) for name, g in result.grads.items())])
 
         # 0 * infinity is NaN: what is bad in this batch reaches the update, and so every rank, through the weight.
@@ -104,7 +104,7 @@ class SequenceModule(ManualModule):
         if self._logs_now():
             # Lightning takes 0.3 ms for a figure, and the influence norm reads all of P: not after every batch.
             figures: dict[str, Any] = self._figures.read()
-            figures |= {"train/state_norm": state_norm, "train/influence_norm": result.memory.sensitivity.norm()}
+            figures |= {"train/state_norm": state_norm, "train/influence_norm": result.memory.base.norm()}
             if update is not None and update.stepped:
                 figures["train/grad_norm"] = update.grad_norm
             loss = figures.pop("train/loss", None)
@@ -208,7 +208,7 @@ class SequenceModule(ManualModule):
     def carried_tensors(self) -> Iterable[tuple[str, Tensor]]:
         if self._memory is not None:
             yield "state", self._memory.state
-            yield "influence norm", self._memory.sensitivity.norm()
+            yield "influence norm", self._memory.base.norm()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from rtrl_moe_pl.gradients import RTRL, TBPTT, GradientAlgorithm, Memory
 from rtrl_moe_pl.sensitivities import dense
 from tests.gradients.problem import Problem, make_problem, plain_autograd, total_error, weighted_squares, worst_error
 from tests.gradients.user_cells import flow, matrices, vectors
+from tests.gradients.user_cells.modules import Tokens
 
 STEPS, HALF, WINDOW = 18, 9, 3
 
@@ -61,6 +62,9 @@ def assert_plain(value: Any) -> None:
     if isinstance(value, dict):
         assert all(isinstance(key, str) for key in value)
         for part in value.values():
+            assert_plain(part)
+    elif isinstance(value, list):
+        for part in value:
             assert_plain(part)
     else:
         assert isinstance(value, Tensor | bool | int | float | str)
@@ -171,3 +175,29 @@ def test_what_does_not_fit_is_refused() -> None:
     wider = Stack([GRU(4, 4, learned_initial_state=True), LSTM(4, 3)]).double()
     with pytest.raises(ValueError, match=r"saved influence of cell\.cells\.0\.input\.weight has shape"):
         algorithm.init(wider, 2).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("window", "batch"), [(1, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize("kind", ["embedding", "gru"])
+def test_buffers_of_the_caller_may_be_used_again(kind: str, window: int, batch: int) -> None:
+    """What a window was given is overwritten after it: windows that are not in P yet have copies."""
+    torch.manual_seed(0)
+    cell = Tokens().double() if kind == "embedding" else GRU(3, 5).double()
+    inputs = torch.randint(0, 5, (batch, 12)) if kind == "embedding" else None
+    starts = torch.rand(batch, 12) < 0.2
+    problem = make_problem(cell, inputs=inputs, batch=batch, steps=12, starts=starts)
+    truth = plain_autograd(problem)[2]
+    algorithm = RTRL(window=window, chunk=12)
+    memory = algorithm.init(cell, batch)
+    buffer, starting = problem.inputs[:, :window].clone(), starts[:, :window].clone()
+    total: dict[str, Tensor] = {}
+    for begin in range(0, 12, window):
+        part = slice(begin, begin + window)
+        buffer.copy_(problem.inputs[:, part])
+        starting.copy_(starts[:, part])
+        targets = tuple(t[:, part] for t in problem.targets)
+        result = algorithm.step(cell, problem.readout, buffer, targets, weighted_squares, memory, starting)
+        buffer.zero_()
+        starting.fill_(True)
+        total = {name: g + total[name] if total else g for name, g in result.grads.items()}
+    assert worst_error(total, truth) <= 1e-10

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rtrl_moe_pl.cells import GRU, LSTM, SimpleRNN, Stack, VanillaRNN
-from rtrl_moe_pl.gradients import RTRL, TBPTT, GradientAlgorithm
-from rtrl_moe_pl.linearization import Linearizer, Tail
+from rtrl_moe_pl.gradients import RTRL, TBPTT, GradientAlgorithm, rtrl
+from rtrl_moe_pl.linearization import Tail
 from rtrl_moe_pl.linearization.backward import MatrixBackward, TapBackward
 from tests.gradients.problem import Problem, make_problem, total_error, weighted_squares, worst_error
 from tests.gradients.user_cells.matrices import LeftMatrix, TiedForwardAndBack
@@ -132,18 +132,17 @@ def test_a_chunk_keeps_the_weights_it_was_run_with(
 ) -> None:
     """Windows not yet part of P go on as they were differentiated; with the weights of today (control) it fails."""
     if forgetful:
-        pull_back = Linearizer.pull_back
+        pull_back = rtrl.pull_back
 
-        def with_the_weights_of_today(self: Linearizer, tail: Tail, cotangents: Tensor) -> Any:
-            again = tail.backward
-            if isinstance(again, TapBackward):
-                weight = self.cell.recurrent.weight.detach()  # type: ignore[union-attr, operator]
-                again.weight = [weight.expand_as(w) for w in again.weight]  # type: ignore[operator]
-            elif isinstance(again, MatrixBackward):
-                again.transitions = [again.transitions[-1]] * len(tail)
-            return pull_back(self, tail, cotangents)
+        def with_the_weights_of_today(tail: Tail, *rest: Any) -> Any:
+            steps = tail.backward
+            if isinstance(steps, TapBackward):
+                steps.weight = [steps.weight[-1]] * len(tail)
+            elif isinstance(steps, MatrixBackward):
+                steps.transitions = [steps.transitions[-1]] * len(tail)
+            return pull_back(tail, *rest)
 
-        monkeypatch.setattr(Linearizer, "pull_back", with_the_weights_of_today)
+        monkeypatch.setattr(rtrl, "pull_back", with_the_weights_of_today)
     torch.manual_seed(4)
     starts = torch.zeros(3, STEPS, dtype=torch.bool)
     starts[:, 0] = True

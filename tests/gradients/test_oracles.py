@@ -91,7 +91,7 @@ def test_hand_case_of_the_influence_update() -> None:
     memory = algorithm.init(cell, 1)
     ones = {f"cell.{name}": torch.ones(1, 2, *p.shape, dtype=torch.float64) for name, p in cell.named_parameters()}
     memory.load_state_dict(
-        {"state": torch.ones(1, 2, dtype=torch.float64), "fresh": False, "sensitivity": ones},
+        {"state": torch.ones(1, 2, dtype=torch.float64), "fresh": False, "sensitivity": ones, "tail": {}},
     )
     inputs = torch.full((1, 1, 2), 2.0, dtype=torch.float64)
     algorithm.step(cell, nn.Identity(), inputs, torch.zeros_like(inputs), _half_squares, memory)

@@ -69,6 +69,7 @@ def test_without_the_influence_it_would_differ(tmp_path: Path) -> None:
     for forget in (False, True):
         checkpoint = torch.load(path, weights_only=True)
         if forget:
+            checkpoint[PER_RANK]["carry"]["tail"] = {}
             checkpoint[PER_RANK]["carry"]["sensitivity"] = {
                 name: torch.zeros_like(value) if isinstance(value, torch.Tensor) else value
                 for name, value in checkpoint[PER_RANK]["carry"]["sensitivity"].items()
