@@ -43,7 +43,8 @@ class AuditReport:
         exact: whether the algorithm claims to be exact.
         relative_error, cosine: of all parameters together.
         parameters: by public name.
-        state_norms, influence_norms: mean over lanes of the state's norm, and norm of P, after every window.
+        state_norms, influence_norms: mean over lanes of the state's norm, and norm of P as last advanced, after every
+            window.
         loss: summed over lanes and steps.
     """
 
@@ -115,7 +116,9 @@ def audit_gradient(
             grads[name] += gradient
         loss += float(result.loss)
         state_norms.append(float(torch.linalg.vector_norm(memory.state, dim=1).mean()))
-        influence_norms.append(float(memory.sensitivity.norm()))
+        # reading the influence advances it: every other window is compared through the tail, the rest through P
+        reads = len(state_norms) % 2 == 1 or end == steps
+        influence_norms.append(float((memory.sensitivity if reads else memory.base).norm()))
 
     paths = parameter_paths(memory)
     names = list(grads)

@@ -38,13 +38,13 @@ from rtrl_moe_pl.sensitivities import DenseSensitivity, Sensitivity
 def cheapest_chunk(state_size: int, window: int, is_sparse: bool | None = True) -> int:
     """Steps between two advances of P: many make them rare, but each window's loss goes back through all since.
 
-    Bounded so that a chunk's cotangents and Jacobians take about the room of P; below that, S / 2 windows, where
-    both costs are about the same (measured at S = 64 and 128).
+    Bounded so that a chunk's cotangents and Jacobians take no more than a few times the room of P; below that, S / 2
+    windows, where both costs are about the same (measured at S = 64 and 128).
 
     Args:
         is_sparse: whether the cell's derivatives are compressed; dense ones take more room a step. None: not known.
     """
-    longest = max(2 * state_size, 64) if is_sparse else max(state_size // 4, 8)
+    longest = max(3 * state_size, 64) if is_sparse else max(state_size // 4, 8)
     return min(longest, window * max(1, state_size // 2))
 
 
@@ -102,9 +102,11 @@ class RTRL(GradientAlgorithm):
             count = sum(p.numel() for p in cell.parameters() if p.requires_grad)
             lanes = int(batch * free / needed.total_bytes)
             fix = f"lower batch_size to {lanes}" if lanes else "make the cell smaller"
+            steps = int((free - needed.influence_bytes) * self.chunk_for(cell) / needed.workspace_bytes)
+            fix = f"set chunk to {steps}, {fix}" if steps > 0 else fix
             raise MemoryForecastError(
                 f"{self} needs {readable(needed.influence_bytes)} for the influence matrix (B={batch}, S={size}, "
-                f"{count} parameters) and about {readable(needed.workspace_bytes)} for a window, but "
+                f"{count} parameters) and about {readable(needed.workspace_bytes)} for a chunk, but "
                 f"{readable(free)} are free: {fix}, or use TBPTT"
             )
 

@@ -110,7 +110,7 @@ def state_sweep(
     ring = tail.workspace.empty("states", (kept, batch, size, size), like)
     states = ring.unbind(0)
     states[steps % kept].zero_().diagonal(dim1=1, dim2=2).fill_(1.0)
-    on_the_way = tail.workspace.empty("on the way", (steps, batch, size, size), like) if backward.has_tap else None
+    on_the_way = tail.workspace.steps("on the way", (steps, batch, size, size), like) if backward.has_tap else None
     out = [None] * steps if on_the_way is None else on_the_way.unbind(0)
     initial = None
     for t in reversed(range(steps)):

@@ -51,7 +51,7 @@ class ScaledCotangents(Cotangents):
 
     def part(self, lane: int, lanes: int, row: int, rows: int) -> Tensor:
         steps, batch, _, width = self.states.shape
-        out = self.workspace.empty("cotangents of a tile", (steps, lanes, rows, width), self.states)
+        out = self.workspace.steps("cotangents of a tile", (steps, lanes, rows, width), self.states)
         here = slice(lane, lane + lanes)
         self.jacobian.unflatten(steps, batch).transposed_times(self.states[:, here], out, here, row)
         return out

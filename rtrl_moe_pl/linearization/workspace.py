@@ -7,6 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+CACHE_LINE = 64  # bytes
+
 
 class Workspace:
     """Named buffers, kept between windows: fresh pages for them cost as much as the products written there.
@@ -24,6 +26,16 @@ class Workspace:
         if held is None or held.numel() < size or held.dtype != like.dtype or held.device != like.device:
             held = self._buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
         return held[:size].view(shape)
+
+    def steps(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The same, with the parts along the first dimension a cache line further apart than their size.
+
+        A product over that dimension would otherwise meet, at sizes that are powers of two, one cache set only.
+        """
+        size = prod(shape[1:])
+        return self.empty(name, (shape[0], size + CACHE_LINE // like.dtype.itemsize), like)[:, :size].unflatten(
+            1, shape[1:]
+        )
 
     @property
     def nbytes(self) -> int:

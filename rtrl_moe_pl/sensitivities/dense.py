@@ -15,7 +15,7 @@ from rtrl_moe_pl.sensitivities.tiles import Tile, TiledMatrix
 
 # Bytes of P worked on at a time: what is read, what is written and the cotangents should stay near a core (measured at
 # S = 64 and 128 with 0.5 and 2 MiB of second-level cache: within a tenth from 512 KiB to 4 MiB, a fifth slower at 256).
-CPU_TILE_BYTES = 1024 * 1024
+CPU_TILE_BYTES = 1536 * 1024
 GPU_TILE_BYTES = 128 * 1024 * 1024
 
 

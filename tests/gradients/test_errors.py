@@ -215,6 +215,21 @@ def test_too_large_for_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         algorithm.init(cell, 100)
 
 
+def test_too_long_a_chunk_for_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The influence matrix fits, the chunk does not: the advice is the longest that does."""
+    cell = GRU(6, 20)
+    needed = RTRL(window=5).forecast(cell, 4, torch.float32, 1000)
+    monkeypatch.setattr(rtrl, "free_memory", lambda device: needed.total_bytes - 1)
+    with pytest.raises(MemoryForecastError, match=r"free: set chunk to (\d+), lower batch_size to 3, or use") as caught:
+        RTRL(window=5).init(cell, 4)
+    found = re.search(r"set chunk to (\d+)", str(caught.value))
+    assert found
+    chunk = int(found[1])
+    RTRL(window=5, chunk=chunk).init(cell, 4)
+    with pytest.raises(MemoryForecastError):
+        RTRL(window=5, chunk=chunk + 1).init(cell, 4)
+
+
 def test_too_large_for_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rtrl, "free_memory", lambda device: 1000)
     with pytest.raises(MemoryForecastError, match=r"1 kB are free: make the cell smaller, or use TBPTT"):
