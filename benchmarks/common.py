@@ -80,3 +80,18 @@ def write(name: str, device: torch.device, results: Any) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(device), "results": results}, indent=1) + "\n")
     return path
+
+
+def read(name: str, device: torch.device) -> Any:
+    """Results written before, on the same machine.
+
+    Raises:
+        SystemExit: if there are none, or they are of another machine.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise SystemExit(f"error: there is no {path} to put points into: run the whole grid first")
+    held = json.loads(path.read_text())
+    if held["machine"] != machine(device):
+        raise SystemExit(f"error: {path} is of another machine ({held['machine']}): run the whole grid here first")
+    return held["results"]

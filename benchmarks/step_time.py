@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.step_time             # the whole grid, one thread
     python -m benchmarks.step_time --threads 2 --quick           # n = 64 and 128, B = 8
+    python -m benchmarks.step_time --longest 30 --only 256x8     # slow points of the same machine, put in their places
     python -m benchmarks.step_time --device cuda
 
 BPTT is eager autograd over n steps, its readout applied once to all of them. A time is the median of interleaved
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.common import interleaved, ratio, seconds, sgemm_peak, write
+from benchmarks.common import interleaved, ratio, read, seconds, sgemm_peak, write
 from benchmarks.naive import NaiveRTRL
 from rtrl_moe_pl.cells import GRU, LSTM, VanillaRNN
 from rtrl_moe_pl.gradients import BPTT, RTRL, GradientAlgorithm, MemoryForecastError
@@ -81,11 +82,11 @@ def measure(
             row[f"RTRL({window})"] = f"refused: {refusal}"
     if hidden <= 128:
         labels["naive"] = (point.naive(2), 2)
-    for label in [la for la, (run, _) in labels.items() if seconds(run, device) > longest]:
+    first = {label: seconds(run, device) for label, (run, _) in labels.items()}
+    for label in [label for label, taken in first.items() if taken > longest]:
         row[label] = f"left out: over {longest:.0f} s a repetition"
         del labels[label]
-    slow = sum(seconds(run, device) for run, _ in labels.values())
-    count = max(3, min(repetitions, int(5 * longest / max(slow, 1e-3))))
+    count = max(3, min(repetitions, int(5 * longest / max(sum(first[label] for label in labels), 1e-3))))
     times = interleaved([run for run, _ in labels.values()], count, device, warm_up=0)
     token = {la: [t / steps for t in ts] for (la, (_, steps)), ts in zip(labels.items(), times, strict=True)}
     whole = f"RTRL({hidden})"
@@ -155,22 +156,31 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--longest", type=float, default=10.0, help="seconds of one repetition at most")
     parser.add_argument("--quick", action="store_true", help="n = 64 and 128, B = 8 alone")
+    parser.add_argument("--only", nargs="+", metavar="NxB", help="measure these points anew; keep the rest of the file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
+    name = f"step_time_{arguments.device}" + (f"_{arguments.threads}" if arguments.device == "cpu" else "")
     peak = sgemm_peak(device)
     sizes = [(64, 8), (128, 8)] if arguments.quick else [(n, b) for n in (32, 64, 128, 256) for b in (8, 32)]
+    if arguments.only:
+        sizes = [(int(n), int(b)) for n, b in (point.split("x") for point in arguments.only)]
     rows = []
-    for name, hidden, batch in tqdm([(c, n, b) for n, b in sizes for c in CELLS]):
-        rows.append(measure(name, hidden, batch, peak, arguments.repetitions, arguments.longest, device))
+    for cell, hidden, batch in tqdm([(c, n, b) for n, b in sizes for c in CELLS]):
+        rows.append(measure(cell, hidden, batch, peak, arguments.repetitions, arguments.longest, device))
         tqdm.write(describe(rows[-1]))
+    if arguments.only:
+        results = read(name, device)
+        new = {(row["cell"], row["n"], row["batch"]): row for row in rows}
+        results["rows"] = [new.get((row["cell"], row["n"], row["batch"]), row) for row in results["rows"]]
+        print(f"written to {write(name, device, results)}")
+        return
     updates = [influence_update(n, 8, arguments.repetitions, device) for n in (64, 128)]
     for update in updates:
         tqdm.write(
             f"n={update['n']} B={update['batch']}: P <- J P + M at {update['update_share_of_sgemm']:.0%} of the sgemm "
             f"peak, J P alone at {update['product_share_of_sgemm']:.0%}"
         )
-    name = f"step_time_{arguments.device}" + (f"_{arguments.threads}" if arguments.device == "cpu" else "")
     path = write(name, device, {"sgemm_gflops": peak / 1e9, "rows": rows, "influence_update": updates})
     print(f"sgemm peak {peak / 1e9:.0f} GFLOP/s; written to {path}")
 

@@ -201,6 +201,7 @@ def with_fresh_start(
 ) -> Tensor | None:
     """The window's starts, everything checked, with a start at step 0 for a fresh memory."""
     require_data(inputs, targets, starts)
+    memory.require_whole()
     batch, steps = inputs.shape[:2]
     if batch != memory.batch_size:
         raise ValueError(

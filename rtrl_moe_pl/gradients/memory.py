@@ -26,6 +26,7 @@ class Memory:
 
     Attributes:
         tail: the latest steps, which ``base`` does not cover yet; None if there never were any.
+        half_written: an error came between the first and the last write of a step: nothing held can be trusted.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Memory:
     ) -> None:
         self.state, self.base, self.fresh, self.linearizer = state, base, fresh, linearizer
         self.tail: Tail | None = None
+        self.half_written = False
 
     @property
     def batch_size(self) -> int:
@@ -41,7 +43,10 @@ class Memory:
     @property
     def sensitivity(self) -> Sensitivity:
         """The influence of the parameters on the state as it is now: multiplies the tail out, if there is one."""
+        self.require_whole()
+        self.half_written = True
         self.settle()
+        self.half_written = False
         return self.base
 
     def settle(self) -> None:
@@ -51,18 +56,28 @@ class Memory:
             self.base.advance(multiply_out(self.tail, no_loss, self.base.shapes))
             self.tail.clear()
 
+    def require_whole(self) -> None:
+        """Raise RuntimeError if an error left this memory half written."""
+        if self.half_written:
+            raise RuntimeError(
+                "an error interrupted an earlier step while it wrote this memory: its influence can no longer be "
+                "trusted; reset it, or load one that was saved before"
+            )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
         """A copy for another copy of the cell: how that one is differentiated is found anew."""
         return Memory(self.state.clone(), copy.deepcopy(self.sensitivity, memo), self.fresh)
 
     def reset(self) -> None:
         """Forget everything, keeping what is allocated: the next step is a start."""
-        self._forget_tail()
+        if self.tail is not None:
+            self.tail.clear()
         self.base.zero_()
-        self.fresh = True
+        self.fresh, self.half_written = True, False
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings. Saving leaves everything as it is."""
+        self.require_whole()
         tail = {} if self.tail is None or not len(self.tail) else self.tail.state_dict() | {"size": self.tail.capacity}
         return {"state": self.state, "fresh": self.fresh, "sensitivity": self.base.state_dict(), "tail": tail}
 
@@ -77,16 +92,12 @@ class Memory:
                 f"the saved carry has shape {tuple(saved['state'].shape)}, this run needs {tuple(self.state.shape)} "
                 "[batch, state]: resume with the batch size and the cell it was saved with"
             )
-        self.state = saved["state"].to(self.state)
-        self.fresh = bool(saved["fresh"])
-        self.base.load_state_dict(saved["sensitivity"])
-        self.tail = Tail(saved["tail"]["size"]) if saved["tail"] else None
-        if self.tail is not None:
-            self.tail.load_state_dict(saved["tail"], self.state)
-
-    def _forget_tail(self) -> None:
-        if self.tail is not None:
-            self.tail.clear()
+        state, kept = saved["state"].to(self.state), saved.get("tail", {})
+        tail = Tail(kept["size"]) if kept else None
+        if tail is not None:
+            tail.load_state_dict(kept, state)
+        self.base.load_state_dict(saved["sensitivity"])  # refuses before it writes
+        self.state, self.tail, self.fresh, self.half_written = state, tail, bool(saved["fresh"]), False
 
 
 class MemoryForecastError(ValueError):
@@ -99,8 +110,9 @@ class Forecast:
 
     Args:
         influence_bytes: P, kept from window to window (exact when every parameter is reached).
-        workspace_bytes: what a window's linearization keeps, an estimate.
-        operations_per_token: of one lane's step, a multiply-add counted as 2; for RTRL of a gated cell.
+        workspace_bytes: what a chunk's linearization keeps: an estimate for one layer; stacks take a few times more.
+        operations_per_token: of one lane's step, a multiply-add counted as 2; for RTRL of a gated cell, at a window as
+            long as the chunk.
     """
 
     influence_bytes: int
@@ -123,7 +135,9 @@ def forecast_influence(cell: nn.Module, batch_size: int, itemsize: int, steps: i
     size = int(getattr(cell, "state_size", 0))
     count = sum(p.numel() for p in parameters)
     influence = batch_size * size * count * itemsize
-    workspace = 2 * steps * batch_size * size * size * itemsize  # cotangents of the states, and ds'/ds
+    rows = max((p.shape[0] for p in parameters if p.ndim == 2), default=size)
+    numbers = steps * (2 * batch_size * size + rows) * size  # cotangents of the states, ds'/ds, and a tile's cotangents
+    workspace = numbers * itemsize
     operations = 2 * size * count * (1 + size / steps) + 2 * size**3  # M, J P, and the sweep back
     return Forecast(influence, workspace, operations)
 

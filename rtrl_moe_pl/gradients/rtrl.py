@@ -58,8 +58,8 @@ class RTRL(GradientAlgorithm):
             gradient; a longer window is cut, at no loss. None: about the cheapest (``cheapest_chunk``).
 
     Cost: with c = chunk, a step and lane, S |theta| (1 + S / c) + S^3 multiply-adds beside the forward pass, and a
-        window S^2 c / 2 and a pass over P; memory B S |theta| for the influence and about 2 B c S^2 for a chunk,
-        whatever the length of the sequence.
+        window (S^2 + |theta|) c / 2 and a pass over P; memory B S |theta| for the influence and about 2 B c S^2 for a
+        chunk, whatever the length of the sequence.
     Exact: equals BPTT over the whole sequence while parameters are fixed, for any cell. With an update after every
         window it is the gradient for an offset shared by all past parameters, their increments frozen.
     Not recommended: for sequences that fit in memory (BPTT is cheaper), or large dense states (S above about 256).
@@ -96,13 +96,14 @@ class RTRL(GradientAlgorithm):
 
     def _require_room(self, cell: nn.Module, state: Tensor) -> None:
         batch, size = state.shape
-        needed = self.forecast(cell, batch, state.dtype, self.chunk_for(cell))
+        chunk = self.chunk_for(cell)
+        one, two, needed = (self.forecast(cell, lanes, state.dtype, chunk) for lanes in (1, 2, batch))
         free = free_memory(state.device)
         if needed.total_bytes > free:
             count = sum(p.numel() for p in cell.parameters() if p.requires_grad)
-            lanes = int(batch * free / needed.total_bytes)
-            fix = f"lower batch_size to {lanes}" if lanes else "make the cell smaller"
-            steps = int((free - needed.influence_bytes) * self.chunk_for(cell) / needed.workspace_bytes)
+            lanes = 1 + (free - one.total_bytes) // (two.total_bytes - one.total_bytes)
+            fix = f"lower batch_size to {lanes}" if lanes > 0 else "make the cell smaller"
+            steps = int((free - needed.influence_bytes) * chunk / needed.workspace_bytes)
             fix = f"set chunk to {steps}, {fix}" if steps > 0 else fix
             raise MemoryForecastError(
                 f"{self} needs {readable(needed.influence_bytes)} for the influence matrix (B={batch}, S={size}, "
@@ -156,10 +157,11 @@ class RTRL(GradientAlgorithm):
                     break  # nothing has been written yet: run the whole window again, with its graph
                 if found is None:
                     found = segment.linearize_again(linearizer, states[1], part)
+                memory.half_written = True
                 if isinstance(found, Steps):
                     _extend_tail(memory, found, part, self.chunk_for(cell, linearizer.is_sparse), grads)
                 else:
-                    _add(memory.sensitivity.contract_and_advance(found), grads)
+                    _contract_and_advance(memory, found, grads)
                 begin += length
             else:
                 return _finish(memory, loss, outputs, grads, returned[-1])
@@ -167,7 +169,9 @@ class RTRL(GradientAlgorithm):
         leaf, returned = window.unroll_with_graph()
         states = torch.stack([state.detach() for state in returned])
         outputs, loss, grads, cotangents = _read(cell, readout, states, inputs, targets, loss_fn)
-        _add(memory.sensitivity.contract_and_advance(linearizer.linearize_graph(leaf, returned, cotangents)), grads)
+        linearization = linearizer.linearize_graph(leaf, returned, cotangents)
+        memory.half_written = True
+        _contract_and_advance(memory, linearization, grads)
         return _finish(memory, loss, outputs, grads, returned[-1])
 
 
@@ -259,11 +263,17 @@ def _extend_tail(
         tail.clear()
 
 
+def _contract_and_advance(memory: Memory, linearization: WindowLinearization, grads: dict[str, Tensor]) -> None:
+    """A window that goes into P at once, after what is pending."""
+    memory.settle()
+    _add(memory.base.contract_and_advance(linearization), grads)
+
+
 def _add(found: dict[str, Tensor], grads: dict[str, Tensor]) -> None:
     for name, gradient in found.items():
         grads[name] += gradient
 
 
 def _finish(memory: Memory, loss: Tensor, outputs: Tensor, grads: dict[str, Tensor], state: Tensor) -> WindowResult:
-    memory.state, memory.fresh = state.detach(), False
+    memory.state, memory.fresh, memory.half_written = state.detach(), False, False
     return WindowResult(loss, outputs, grads, memory)

@@ -55,7 +55,7 @@ class StateSweep:
 def loss_sweep(tail: Tail, cotangents: Tensor) -> LossSweep:
     """Pull a loss on the last k steps back through all of them; ``cotangents`` [k, B, S] of the states returned.
 
-    Cost: 2 K B S^2 multiply-adds, in K small steps.
+    Cost: K B S^2 multiply-adds, in K small steps.
     """
     backward = tail.backward
     assert backward is not None
@@ -77,7 +77,7 @@ def loss_sweep(tail: Tail, cotangents: Tensor) -> LossSweep:
             initial = taken if initial is None else initial + taken
             rows[t].add_(loss.masked_fill_(here[:, None, None], 0.0))
         if t % FLUSH_EVERY == 0:
-            copy_flushed(rows[t], rows[t])
+            copy_flushed(rows[t], rows[t], torch.finfo(every.dtype).tiny)
     taps: dict[Key, Cotangents] = {}
     if on_the_way is not None and tail.on_the_way is not None:
         taps[tail.on_the_way] = Cotangents(on_the_way)

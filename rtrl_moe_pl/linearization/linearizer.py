@@ -129,8 +129,6 @@ class Linearizer:
         self, inputs: Tensor, given: Tensor, returned: Tensor, starts: Tensor | None, starting: list[bool]
     ) -> Steps:
         x, s = inputs.flatten(0, 1), given.flatten(0, 1)
-        if x.data_ptr() == inputs.data_ptr():
-            x = x.clone()  # the caller may write into it before it is needed for the last time
         if self._plan is None:
             self._plan = self._new_plan(x, s)
         try:

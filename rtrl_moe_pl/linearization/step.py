@@ -258,8 +258,11 @@ class StepLinearizer:
 
 
 def _detached(tap: Tap) -> Tap:
-    """Without the graph of the step it was met in."""
-    return replace(tap, output=tap.output.detach(), input=None if tap.input is None else tap.input.detach())
+    """What outlives the step: no graph, nothing that the caller may write into, of the output its shape alone."""
+    source = tap.input
+    if source is not None:
+        source = source.detach() if source.requires_grad else source.clone()
+    return replace(tap, output=tap.output[:1].detach().clone(), input=source)
 
 
 def _times(total: Jacobian, weight: Tensor) -> Tensor:

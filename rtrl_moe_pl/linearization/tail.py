@@ -13,6 +13,7 @@ from rtrl_moe_pl.linearization.backward import (
     KINDS,
     Backward,
     Key,
+    MatrixBackward,
     jacobian_key,
     kind_of_backward,
     tap_on_the_way,
@@ -45,7 +46,18 @@ class Steps:
     @cached_property
     def structure(self) -> object:
         """Equal for steps that one tail can hold."""
-        return _structure(kind_of_backward(self.derivatives).__name__, self.derivatives.taps)
+        return _structure(self.form, self.derivatives.taps)
+
+    @cached_property
+    def form(self) -> list[Any]:
+        """How a step back is made: its kind, the number of the tap met on the way or -1, whether diag(a) is added."""
+        kind, met, has_direct = kind_of_backward(self.derivatives), -1, False
+        if kind is not MatrixBackward:
+            has_direct = any(weight is None for _, weight in self.derivatives.sparse)
+        if kind.has_tap:
+            key = tap_on_the_way(self.derivatives)
+            met = next(i for i, (_, jacobian) in enumerate(self.derivatives.taps) if jacobian_key(jacobian) == key)
+        return [kind.__name__, met, has_direct]
 
 
 class Tail:
@@ -68,7 +80,7 @@ class Tail:
         self.starts: list[Tensor | None] = []  # per step the lanes that start, [B] bool; None for none
         self.taps: list[tuple[Tap, Jacobian]] = []
         self.backward: Backward | None = None
-        self.met = -1  # the number of the tap whose cotangents the backward steps meet, if they do
+        self.form: list[Any] = []  # of all its ``Steps``
         self.like: Tensor | None = None  # [B, S]
         self._structure: object = None
 
@@ -78,7 +90,8 @@ class Tail:
     @property
     def on_the_way(self) -> Key | None:
         """The ``jacobian_key`` of the tap whose cotangents the backward steps meet."""
-        return None if self.met < 0 else jacobian_key(self.taps[self.met][1])
+        _, met, _ = self.form
+        return None if met < 0 else jacobian_key(self.taps[met][1])
 
     def takes(self, steps: Steps) -> bool:
         """Whether these steps can be added: there is room, and they were differentiated in the same way."""
@@ -90,21 +103,19 @@ class Tail:
         """Add what ``takes`` allows."""
         derivatives, count, rows = steps.derivatives, len(steps), len(self) * steps.like.shape[1]
         if self.backward is None:
-            self._begin(kind_of_backward(derivatives), steps.like[0])
-            self._structure = steps.structure
+            self._begin(steps.form, steps.like[0])
         assert self.backward is not None
         self.backward.extend(derivatives, steps.like)
         self.taps = self._gathered(derivatives.taps, rows, count) if rows else derivatives.taps
-        if self.backward.has_tap and not rows:
-            met = tap_on_the_way(derivatives)
-            self.met = next(i for i, (_, jacobian) in enumerate(self.taps) if jacobian_key(jacobian) == met)
+        self._structure = self._structure or steps.structure
         starts = None if steps.starts is None else steps.starts.clone()
         self.starts += [
             starts[:, t] if starts is not None and there else None for t, there in enumerate(steps.starting)
         ]
 
-    def _begin(self, kind: type[Backward], like: Tensor) -> None:
-        self.backward, self.like = kind(self.workspace, self.capacity), like
+    def _begin(self, form: list[Any], like: Tensor) -> None:
+        self.form, self.like = form, like.clone()
+        self.backward = KINDS[form[0]](self.workspace, self.capacity)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings; empty without steps."""
@@ -130,8 +141,7 @@ class Tail:
             "starts": torch.stack([none if here is None else here for here in self.starts]),
             "leaves": [leaf.clone() for leaf in leaves.values()],
             "taps": taps,
-            "met": self.met,
-            "kind": type(self.backward).__name__,
+            "form": self.form,
             "backward": self.backward.state_dict(),
         }
 
@@ -153,11 +163,10 @@ class Tail:
                 pattern = Pattern(*(part.to(like.device) for part in saved["pattern"]))
                 self.taps.append((tap, SparseJacobian(pattern, own)))
         self.starts = [here if bool(here.any()) else None for here in state["starts"].to(like.device)]
-        self._begin(KINDS[state["kind"]], like)
+        self._begin(state["form"], like)
         assert self.backward is not None
         self.backward.load_state_dict(state["backward"], like.expand(len(self), -1, -1))
-        self.met = state["met"]
-        self._structure = _structure(state["kind"], self.taps)
+        self._structure = _structure(self.form, self.taps)
 
     def _gathered(self, taps: list[tuple[Tap, Jacobian]], rows: int, count: int) -> list[tuple[Tap, Jacobian]]:
         """All steps' taps: those held, ``rows`` rows, and ``taps`` after them."""
@@ -181,15 +190,15 @@ class Tail:
         return result
 
 
-def _structure(kind: str, taps: list[tuple[Tap, Jacobian]]) -> object:
-    """Equal for steps whose taps can be gathered: the same parameters, shapes, patterns and shared tensors."""
+def _structure(form: list[Any], taps: list[tuple[Tap, Jacobian]]) -> object:
+    """Equal for steps of one form whose taps can be gathered: the same parameters, shapes, patterns, shared tensors."""
     leaves = _leaves(taps)
     order = {place: number for number, place in enumerate(leaves)}
     forms = []
     for tap, jacobian in taps:
         pattern = jacobian.pattern.key if isinstance(jacobian, SparseJacobian) else None
         forms.append((tap.signature, pattern, [order[_place(value)] for value in _tensors(tap, jacobian)]))
-    return kind, [(v.shape[1:], v.dtype) for v in leaves.values()], forms
+    return form, [(v.shape[1:], v.dtype) for v in leaves.values()], forms
 
 
 def _place(value: Tensor) -> Key:

@@ -13,10 +13,11 @@ from torch import Tensor
 from rtrl_moe_pl.linearization.cotangents import Cotangents
 
 
-def copy_flushed(value: Tensor, out: Tensor) -> None:
+def copy_flushed(value: Tensor, out: Tensor, bound: float | None = None) -> None:
     """Copy, with zero for what is too small to matter: below 1.1e-19 in float32, 1.5e-154 in float64.
 
-    The bound is the root of the smallest normal number, so that no product of two copies is subnormal.
+    The bound is the root of the smallest normal number, so that no product of two copies is subnormal. Give another
+    for numbers whose scale is the caller's, such as a loss's cotangents.
 
     A contracting cell drives products of Jacobians into subnormal numbers, with which a processor's products are 100
     times slower; torch's own switch does not reach its worker threads. GPUs do not mind.
@@ -25,7 +26,7 @@ def copy_flushed(value: Tensor, out: Tensor) -> None:
         if out is not value:
             out.copy_(value)
         return
-    torch.hardshrink(value, torch.finfo(value.dtype).tiny ** 0.5, out=out)
+    torch.hardshrink(value, torch.finfo(value.dtype).tiny ** 0.5 if bound is None else bound, out=out)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Sensitivity(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes held now."""
+        """Bytes of P as held now."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors by parameter name (empty when nothing is held)."""

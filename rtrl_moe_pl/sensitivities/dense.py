@@ -146,14 +146,15 @@ class DenseSensitivity(Sensitivity):
         return held
 
     def norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self._matrix.values)
+        norms = [torch.linalg.vector_norm(values) for _, values in self._matrix.tiles()]
+        return torch.stack(norms).norm() if norms else torch.zeros((), dtype=self.dtype, device=self.device)
 
     def zero_(self) -> None:
-        self._matrix.values.zero_()
+        self._matrix.zero_()
 
     @property
     def nbytes(self) -> int:
-        return self._matrix.values.nbytes
+        return self._matrix.nbytes
 
     def state_dict(self) -> dict[str, Any]:
         return {name: p.contiguous() for name, p in self._held().items()}

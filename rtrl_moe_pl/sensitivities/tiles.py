@@ -11,6 +11,9 @@ from torch import Tensor
 
 from rtrl_moe_pl.linearization import Block
 
+# Numbers: a tile begins where a cache line does, wherever P is, so that products round alike before and after a move.
+ALIGNED = 16
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -48,14 +51,15 @@ class TiledMatrix:
         offset = room = 0
         for lane in range(0, batch_size, lanes):  # outside: what the tiles of a lane read is then in cache
             for block in self.blocks:
-                count = min(block.rows, ceil(bytes_of[block] / tile_bytes))
-                rows = ceil(block.rows / max(count, 1))  # tiles of equal size
+                count = max(1, min(block.rows, ceil(bytes_of[block] / tile_bytes)))
+                rows = max(1, ceil(block.rows / count))  # tiles of equal size
                 for row in range(0, block.rows, rows):
                     tile = Tile(block, lane, min(lanes, batch_size - lane), row, min(rows, block.rows - row), offset)
                     self._tiles.append(tile)
-                    offset += self._numel(tile)
-                    room = max(room, self._numel(tile))
-        self._size, self._room = offset, room
+                    aligned = ALIGNED * ceil(self._numel(tile) / ALIGNED)
+                    offset += aligned
+                    room = max(room, aligned)
+        self._room = room
         self._memory = torch.zeros(offset + room, dtype=like.dtype, device=like.device)
         self._first = 0  # where P begins: 0, or ``room``
 
@@ -72,9 +76,13 @@ class TiledMatrix:
         return ((tile, self._view(tile, self._first)) for tile in self._tiles)
 
     @property
-    def values(self) -> Tensor:
-        """P in the order of its tiles, a view."""
-        return self._memory[self._first : self._first + self._size]
+    def nbytes(self) -> int:
+        """Of P; its memory is one tile larger."""
+        return sum(self._numel(tile) for tile in self._tiles) * self._memory.itemsize
+
+    def zero_(self) -> None:
+        """Set P to zero."""
+        self._memory.zero_()
 
     def read(self, block: Block) -> Tensor:
         """A block in full, [B, columns, rows, S]; a copy."""

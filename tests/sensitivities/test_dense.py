@@ -51,12 +51,14 @@ class TestDenseSensitivity(SensitivityCase):
         """One piece of memory for good, larger than P by no more than its largest tile."""
         made = self.make()
         made.advance(everything())
-        memory = made._matrix.values.untyped_storage()
-        largest = max(values.nbytes for _, values in made._matrix.tiles())
-        assert memory.nbytes() == made.nbytes + largest
+        _, first = next(made._matrix.tiles())
+        memory = first.untyped_storage()
+        sizes = [-(-values.nbytes // 128) * 128 for _, values in made._matrix.tiles()]
+        assert memory.nbytes() == sum(sizes) + max(sizes)
         for _ in range(3):
             made.advance(everything())
-            assert made._matrix.values.untyped_storage().data_ptr() == memory.data_ptr()
+            assert {t.untyped_storage().data_ptr() for _, t in made._matrix.tiles()} == {memory.data_ptr()}
+            assert all(t.data_ptr() % 64 == 0 for _, t in made._matrix.tiles())
 
     def test_other_batch(self) -> None:
         made = self.make()
