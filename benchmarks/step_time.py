@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.step_time             # the whole grid, one thread
     python -m benchmarks.step_time --threads 2 --quick           # n = 64 and 128, B = 8
-    python -m benchmarks.step_time --longest 30 --only 256x8     # slow points of the same machine, put in their places
+    python -m benchmarks.step_time --longest 45 --only 256x8 --cells RNN     # slow points of the same machine
     python -m benchmarks.step_time --device cuda
 
 BPTT is eager autograd over n steps, its readout applied once to all of them. A time is the median of interleaved
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=10.0, help="seconds of one repetition at most")
     parser.add_argument("--quick", action="store_true", help="n = 64 and 128, B = 8 alone")
     parser.add_argument("--only", nargs="+", metavar="NxB", help="measure these points anew; keep the rest of the file")
+    parser.add_argument("--cells", nargs="+", choices=sorted(CELLS), default=list(CELLS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -166,7 +167,7 @@ def main() -> None:
     if arguments.only:
         sizes = [(int(n), int(b)) for n, b in (point.split("x") for point in arguments.only)]
     rows = []
-    for cell, hidden, batch in tqdm([(c, n, b) for n, b in sizes for c in CELLS]):
+    for cell, hidden, batch in tqdm([(c, n, b) for n, b in sizes for c in arguments.cells]):
         rows.append(measure(cell, hidden, batch, peak, arguments.repetitions, arguments.longest, device))
         tqdm.write(describe(rows[-1]))
     if arguments.only:
