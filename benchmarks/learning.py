@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.common import write
@@ -60,8 +60,10 @@ class RTRLWithoutInfluence(RTRL):
 
     exact = False
 
-    @staticmethod
-    def _sensitivity(shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
+    def __init__(self, window: int) -> None:
+        super().__init__(window, chunk=window)  # a longer chunk would see beyond the window without P
+
+    def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
         return _HeldAtZero(shapes, state.shape[0], state.shape[1], state.dtype, state.device)
 
 

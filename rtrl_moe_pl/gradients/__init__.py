@@ -4,6 +4,7 @@ from rtrl_moe_pl.gradients.audit import AuditReport, ParameterAudit, audit_gradi
 from rtrl_moe_pl.gradients.base import GradientAlgorithm, WindowResult
 from rtrl_moe_pl.gradients.memory import Forecast, Memory, MemoryForecastError
 from rtrl_moe_pl.gradients.reverse import BPTT, TBPTT
+from rtrl_moe_pl.gradients.routed import BlockRTRL, LazyExpertRTRL
 from rtrl_moe_pl.gradients.rtrl import RTRL
 from rtrl_moe_pl.gradients.sequence import SequenceResult, sequence_gradient
 
@@ -12,8 +13,10 @@ __all__ = [
     "RTRL",
     "TBPTT",
     "AuditReport",
+    "BlockRTRL",
     "Forecast",
     "GradientAlgorithm",
+    "LazyExpertRTRL",
     "Memory",
     "MemoryForecastError",
     "ParameterAudit",

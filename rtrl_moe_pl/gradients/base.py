@@ -125,10 +125,13 @@ class GradientAlgorithm(ABC):
         memory: Memory,
         starts: Tensor | None = None,
     ) -> WindowResult:
-        """``step`` over all windows of ``inputs`` [B, T, ..]; losses and gradients are summed, outputs joined."""
+        """``step`` over all windows of ``inputs`` [B, T, ..]; losses and gradients are summed, outputs joined.
+
+        Where the length of a window changes nothing but rounding, several may be run as one.
+        """
         require_data(inputs, targets, starts)
         steps = inputs.shape[1]
-        length = self.window or steps
+        length = self._joined_window(cell, memory) or steps
         results: list[WindowResult] = []
         with torch.autocast(inputs.device.type, enabled=False):
             for begin in range(0, steps, length):
@@ -146,6 +149,10 @@ class GradientAlgorithm(ABC):
             {name: torch.stack([r.grads[name] for r in results]).sum(0) for name in results[0].grads},
             memory,
         )
+
+    def _joined_window(self, cell: nn.Module, memory: Memory) -> int | None:
+        """Steps to be run at a time; None for everything that is delivered."""
+        return self.window
 
 
 def checked_window(window: int, name: str = "window") -> int:

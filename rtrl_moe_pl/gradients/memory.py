@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtrl_moe_pl.cells.routed import RoutedCell, Routing
 from rtrl_moe_pl.linearization import Linearizer, Tail, multiply_out
 from rtrl_moe_pl.sensitivities import Sensitivity
 
@@ -26,6 +28,8 @@ class Memory:
 
     Attributes:
         tail: the latest steps, which ``base`` does not cover yet; None if there never were any.
+        used: of a routed cell, how often each slot was read [S] and written [S] and each expert chosen [E] since the
+            caller last set it to None.
         half_written: an error came between the first and the last write of a step: nothing held can be trusted.
     """
 
@@ -35,6 +39,17 @@ class Memory:
         self.state, self.base, self.fresh, self.linearizer = state, base, fresh, linearizer
         self.tail: Tail | None = None
         self.half_written = False
+        self.used: Routing | None = None
+
+    def count(self, routings: Sequence[Routing], cell: RoutedCell) -> None:
+        """Add what some steps chose to ``used``."""
+        sizes = cell.num_slots, cell.num_slots, cell.num_experts
+        counts = [
+            torch.bincount(torch.cat(index).flatten(), minlength=size)
+            for index, size in zip(zip(*routings, strict=True), sizes, strict=True)
+        ]
+        held = [0, 0, 0] if self.used is None else self.used
+        self.used = Routing(*(new + old for new, old in zip(counts, held, strict=True)))
 
     @property
     def batch_size(self) -> int:

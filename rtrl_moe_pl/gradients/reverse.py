@@ -14,7 +14,16 @@ from rtrl_moe_pl.gradients.base import (
     with_fresh_start,
 )
 from rtrl_moe_pl.gradients.memory import Forecast, Memory, recurrent_parameters
-from rtrl_moe_pl.gradients.windows import LossFunction, Targets, evaluate_loss, read_out, starting_steps, unroll
+from rtrl_moe_pl.gradients.windows import (
+    LossFunction,
+    Targets,
+    auxiliary_loss,
+    evaluate_loss,
+    read_out,
+    routings_of,
+    starting_steps,
+    unroll,
+)
 from rtrl_moe_pl.sensitivities import ZeroSensitivity
 
 
@@ -46,11 +55,14 @@ class _ReverseMode(GradientAlgorithm):
         starts = with_fresh_start(self, memory, inputs, targets, starts)
         starting = starting_steps(starts, inputs.shape[1])
         initial = cell.initial_state(memory.batch_size) if any(starting) else None  # type: ignore[operator]
-        _, returned = unroll(cell, inputs.unbind(1), memory.state, initial, starts, starting)
+        routings = routings_of(cell)
+        given, returned = unroll(cell, inputs.unbind(1), memory.state, initial, starts, starting, routings)
         outputs = read_out(readout, torch.stack(returned), inputs)
-        loss = evaluate_loss(loss_fn, outputs, targets)
+        loss = evaluate_loss(loss_fn, outputs, targets, auxiliary_loss(cell, inputs, torch.stack(given)))
         grads, _ = autograd_gradients(loss, named_parameters(cell, readout))
         memory.state, memory.fresh = returned[-1].detach(), False
+        if routings:
+            memory.count(routings, cell)  # type: ignore[arg-type]
         return WindowResult(loss.detach(), outputs.detach(), grads, memory)
 
 

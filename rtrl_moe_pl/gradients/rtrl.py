@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rtrl_moe_pl.cells.routed import Routing
 from rtrl_moe_pl.gradients.base import (
     GradientAlgorithm,
     WindowResult,
@@ -22,7 +23,16 @@ from rtrl_moe_pl.gradients.memory import (
     readable,
     recurrent_parameters,
 )
-from rtrl_moe_pl.gradients.windows import LossFunction, Targets, evaluate_loss, read_out, starting_steps, unroll
+from rtrl_moe_pl.gradients.windows import (
+    LossFunction,
+    Targets,
+    auxiliary_loss,
+    evaluate_loss,
+    read_out,
+    routings_of,
+    starting_steps,
+    unroll,
+)
 from rtrl_moe_pl.linearization import (
     Linearizer,
     Steps,
@@ -75,10 +85,10 @@ class RTRL(GradientAlgorithm):
         self.chunk = None if chunk is None else checked_window(chunk, "chunk")
 
     def __repr__(self) -> str:
-        return f"RTRL(window={self.window}{'' if self.chunk is None else f', chunk={self.chunk}'})"
+        return f"{type(self).__name__}(window={self.window}{'' if self.chunk is None else f', chunk={self.chunk}'})"
 
-    def chunk_for(self, cell: nn.Module, is_sparse: bool | None = True) -> int:
-        """Steps between two advances of P for this cell; see ``cheapest_chunk``."""
+    def chunk_for(self, cell: nn.Module, is_sparse: bool | None = True, batch_size: int = 1) -> int:
+        """Steps between two advances of P for this cell and batch; see ``cheapest_chunk``."""
         assert self.window is not None
         return self.chunk or cheapest_chunk(int(cell.state_size), self.window, is_sparse)  # type: ignore[arg-type]
 
@@ -87,16 +97,18 @@ class RTRL(GradientAlgorithm):
         parameters = recurrent_parameters(cell)
         shapes = {name: p.shape for name, p in parameters.items() if p.requires_grad}
         self._require_room(cell, state)
-        sensitivity = self._sensitivity(shapes, state)
-        return Memory(state, sensitivity, linearizer=Linearizer(cell, parameters))
+        sensitivity = self._sensitivity(cell, shapes, state)
+        return Memory(state, sensitivity, linearizer=self._linearizer(cell, parameters))
 
-    @staticmethod
-    def _sensitivity(shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
+    def _linearizer(self, cell: nn.Module, parameters: dict[str, nn.Parameter]) -> Linearizer:
+        return Linearizer(cell, parameters)
+
+    def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
         return DenseSensitivity(shapes, state.shape[0], state.shape[1], state.dtype, state.device)
 
     def _require_room(self, cell: nn.Module, state: Tensor) -> None:
         batch, size = state.shape
-        chunk = self.chunk_for(cell)
+        chunk = self.chunk_for(cell, batch_size=batch)
         one, two, needed = (self.forecast(cell, lanes, state.dtype, chunk) for lanes in (1, 2, batch))
         free = free_memory(state.device)
         if needed.total_bytes > free:
@@ -112,7 +124,9 @@ class RTRL(GradientAlgorithm):
             )
 
     def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
-        return forecast_influence(cell, batch_size, dtype.itemsize, min(self.chunk_for(cell), steps))
+        return forecast_influence(
+            cell, batch_size, dtype.itemsize, min(self.chunk_for(cell, batch_size=batch_size), steps)
+        )
 
     @torch.no_grad()
     def step(
@@ -130,13 +144,14 @@ class RTRL(GradientAlgorithm):
         parameters = recurrent_parameters(cell)
         linearizer = memory.linearizer
         if linearizer is None:
-            linearizer = memory.linearizer = Linearizer(cell, parameters)
+            linearizer = memory.linearizer = self._linearizer(cell, parameters)
         linearizer.require_same_cell(cell, parameters)
         initial: Tensor | None = None
         if any(starting):
             with torch.enable_grad():
                 initial = cell.initial_state(memory.batch_size)  # type: ignore[operator]
         window = _Window(cell, inputs, memory.state.clone(), initial, starts, starting)
+        window.routings = routings_of(cell)
 
         given, returned = [], []
         if not linearizer.needs_graph():
@@ -145,12 +160,16 @@ class RTRL(GradientAlgorithm):
             if any(not torch.equal(a, b) for a, b in zip(effects, _side_effects(cell, inputs.device), strict=True)):
                 linearizer.fall_back("it draws random numbers or changes its buffers")
         if not linearizer.needs_graph():
-            outputs, loss, grads, cotangents = _read(cell, readout, torch.stack(returned), inputs, targets, loss_fn)
+            outputs, loss, grads, cotangents = _read(
+                cell, readout, memory.state, torch.stack(returned), window, targets, loss_fn
+            )
             begin = 0
             while begin < len(given):
-                length = self.chunk_for(cell, linearizer.is_sparse)
+                length = self.chunk_for(cell, linearizer.is_sparse, memory.batch_size)
                 segment = window.cut(begin, begin + length, given[begin])
-                part = cotangents[begin : begin + length]
+                part = cotangents[begin : begin + length + 1]
+                if begin:
+                    part = torch.cat([torch.zeros_like(part[:1]), part[1:]])  # counted with the last segment
                 states = torch.stack(given[begin : begin + length]), torch.stack(returned[begin : begin + length])
                 found = segment.linearize(linearizer, *states, part)
                 if found is None and begin == 0:
@@ -159,20 +178,21 @@ class RTRL(GradientAlgorithm):
                     found = segment.linearize_again(linearizer, states[1], part)
                 memory.half_written = True
                 if isinstance(found, Steps):
-                    _extend_tail(memory, found, part, self.chunk_for(cell, linearizer.is_sparse), grads)
+                    capacity = self.chunk_for(cell, linearizer.is_sparse, memory.batch_size)
+                    _extend_tail(memory, found, part, capacity, grads)
                 else:
                     _contract_and_advance(memory, found, grads)
                 begin += length
             else:
-                return _finish(memory, loss, outputs, grads, returned[-1])
+                return _finish(memory, loss, outputs, grads, returned[-1], window)
 
         leaf, returned = window.unroll_with_graph()
         states = torch.stack([state.detach() for state in returned])
-        outputs, loss, grads, cotangents = _read(cell, readout, states, inputs, targets, loss_fn)
+        outputs, loss, grads, cotangents = _read(cell, readout, memory.state, states, window, targets, loss_fn)
         linearization = linearizer.linearize_graph(leaf, returned, cotangents)
         memory.half_written = True
         _contract_and_advance(memory, linearization, grads)
-        return _finish(memory, loss, outputs, grads, returned[-1])
+        return _finish(memory, loss, outputs, grads, returned[-1], window)
 
 
 class _Window:
@@ -189,28 +209,40 @@ class _Window:
     ) -> None:
         self.cell, self.inputs, self.start = cell, inputs, start
         self.initial, self.starts, self.starting = initial, starts, starting
+        self.routings: list[Routing] | None = None  # filled by ``unroll``
+
+    def given(self, states: Tensor) -> Tensor:
+        """The states that the cell was given [k, B, S], of those that were there before every step."""
+        if self.starts is None or self.initial is None:
+            return states
+        return torch.where(self.starts.T[..., None], self.initial, states)
 
     def cut(self, begin: int, end: int, start: Tensor) -> _Window:
         """The part from step ``begin`` up to ``end``, whose first step was given the state ``start``."""
         starts = None if self.starts is None else self.starts[:, begin:end]
-        return _Window(self.cell, self.inputs[:, begin:end], start, self.initial, starts, self.starting[begin:end])
+        part = _Window(self.cell, self.inputs[:, begin:end], start, self.initial, starts, self.starting[begin:end])
+        part.routings = self.routings and self.routings[begin:end]
+        return part
 
     def unroll(self) -> tuple[list[Tensor], list[Tensor]]:
         initial = None if self.initial is None else self.initial.detach()
-        return unroll(self.cell, self.inputs.unbind(1), self.start, initial, self.starts, self.starting)
+        steps = self.inputs.unbind(1)
+        return unroll(self.cell, steps, self.start, initial, self.starts, self.starting, self.routings)
 
     @torch.enable_grad()
     def unroll_with_graph(self) -> tuple[Tensor, list[Tensor]]:
         leaf = self.start.detach().requires_grad_()
-        _, returned = unroll(self.cell, self.inputs.unbind(1), leaf, self.initial, self.starts, self.starting)
+        routings = None if self.routings else self.routings  # filled once
+        steps = self.inputs.unbind(1)
+        _, returned = unroll(self.cell, steps, leaf, self.initial, self.starts, self.starting, routings)
         return leaf, returned
 
     @torch.enable_grad()
     def linearize(
         self, linearizer: Linearizer, given: Tensor, returned: Tensor, cotangents: Tensor
     ) -> Steps | WindowLinearization | None:
-        inputs = self.inputs.transpose(0, 1)
-        return linearizer.linearize(inputs, given, returned, cotangents, self.initial, self.starts, self.starting)
+        inputs, starts = self.inputs.transpose(0, 1), (self.starts, self.starting)
+        return linearizer.linearize(inputs, given, returned, cotangents, self.initial, *starts, self.routings or ())
 
     def linearize_again(self, linearizer: Linearizer, returned: Tensor, cotangents: Tensor) -> WindowLinearization:
         """Run once more, with the graph, what has already been run without it."""
@@ -231,13 +263,23 @@ def _side_effects(cell: nn.Module, device: torch.device) -> list[Tensor]:
 
 
 def _read(
-    cell: nn.Module, readout: nn.Module, states: Tensor, inputs: Tensor, targets: Targets, loss_fn: LossFunction
+    cell: nn.Module,
+    readout: nn.Module,
+    start: Tensor,  # [B, S]
+    states: Tensor,  # [k, B, S]
+    window: _Window,
+    targets: Targets,
+    loss_fn: LossFunction,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-    """Outputs, loss, the parameters' direct gradients and the loss's cotangent of every state [k, B, S]."""
+    """Outputs, loss, the parameters' direct gradients and the loss's cotangents [k + 1, B, S].
+
+    Those are of the state the window began with (not zero if the cell has an auxiliary loss), and of every state that
+    it returned.
+    """
     with torch.enable_grad():
-        leaf = states.detach().requires_grad_()
-        outputs = read_out(readout, leaf, inputs)
-        loss = evaluate_loss(loss_fn, outputs, targets)
+        leaf = torch.cat([start[None], states]).detach().requires_grad_()
+        outputs = read_out(readout, leaf[1:], window.inputs)
+        loss = evaluate_loss(loss_fn, outputs, targets, auxiliary_loss(cell, window.inputs, window.given(leaf[:-1])))
         grads, (cotangents,) = autograd_gradients(loss, named_parameters(cell, readout), leaf)
     return outputs.detach(), loss.detach(), grads, cotangents
 
@@ -245,7 +287,7 @@ def _read(
 def _extend_tail(
     memory: Memory,
     steps: Steps,
-    cotangents: Tensor,  # [k, B, S]
+    cotangents: Tensor,  # [k + 1, B, S]
     capacity: int,
     grads: dict[str, Tensor],
 ) -> None:
@@ -257,7 +299,8 @@ def _extend_tail(
         tail = memory.tail = Tail(capacity)
     tail.append(steps)
     if len(tail) + len(steps) <= tail.capacity:
-        _add(memory.base.contract(*pull_back(tail, cotangents, memory.base.shapes)), grads)
+        if cotangents.any():
+            _add(memory.base.contract(*pull_back(tail, cotangents, memory.base.shapes)), grads)
     else:
         _add(memory.base.contract_and_advance(multiply_out(tail, cotangents, memory.base.shapes)), grads)
         tail.clear()
@@ -274,6 +317,10 @@ def _add(found: dict[str, Tensor], grads: dict[str, Tensor]) -> None:
         grads[name] += gradient
 
 
-def _finish(memory: Memory, loss: Tensor, outputs: Tensor, grads: dict[str, Tensor], state: Tensor) -> WindowResult:
+def _finish(
+    memory: Memory, loss: Tensor, outputs: Tensor, grads: dict[str, Tensor], state: Tensor, window: _Window
+) -> WindowResult:
+    if window.routings:
+        memory.count(window.routings[: window.inputs.shape[1]], window.cell)  # type: ignore[arg-type]
     memory.state, memory.fresh, memory.half_written = state.detach(), False, False
     return WindowResult(loss, outputs, grads, memory)

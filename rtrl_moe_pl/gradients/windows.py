@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtrl_moe_pl.cells.routed import RoutedCell, Routing
+
 Targets = Any  # a tensor [B, T, ..] or a tuple of them
 LossFunction = Callable[[Tensor, Targets], Tensor]
 
@@ -24,6 +26,11 @@ def starting_steps(starts: Tensor | None, steps: int) -> list[bool]:
     return [False] * steps if starts is None else starts.any(0).tolist()
 
 
+def routings_of(cell: nn.Module) -> list[Routing] | None:
+    """Where ``unroll`` may put what a routed cell chooses; None for any other cell."""
+    return [] if isinstance(cell, RoutedCell) else None
+
+
 def unroll(
     cell: nn.Module,
     inputs: Sequence[Tensor],  # k tensors [B, ..]
@@ -31,8 +38,12 @@ def unroll(
     initial: Tensor | None,  # [B, S]
     starts: Tensor | None,  # [B, k] bool
     starting: list[bool],
+    routings: list[Routing] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run the cell over a window.
+
+    Args:
+        routings: of a routed cell, to be filled with what each step chose.
 
     Returns:
         the k states the cell was given (after a start replaced them) and the k states it returned, each [B, S].
@@ -46,7 +57,11 @@ def unroll(
             state = torch.where(starts[:, t, None], initial, state)
         given.append(state)
         version = _version(state)
-        state = cell(x, state)
+        if routings is None:
+            state = cell(x, state)
+        else:
+            state, routing = cell.advance(x, state)  # type: ignore[operator]
+            routings.append(routing)
         if not isinstance(state, Tensor) or state.shape != given[0].shape:
             got = f"shape {tuple(state.shape)}" if isinstance(state, Tensor) else f"a {type(state).__name__}"
             raise ValueError(
@@ -91,10 +106,22 @@ def read_out(readout: nn.Module, states: Tensor, inputs: Tensor) -> Tensor:
     return outputs.view(batch, steps, -1)
 
 
-def evaluate_loss(loss_fn: LossFunction, outputs: Tensor, targets: Targets) -> Tensor:
-    """The window's loss, checked to be one number."""
+def auxiliary_loss(cell: nn.Module, inputs: Tensor, given: Tensor) -> Tensor | None:
+    """What a cell's ``auxiliary(x, s) -> [N]`` adds to the loss, summed over all rows; None if there is nothing.
+
+    Args:
+        inputs: [B, k, ..].
+        given: the states that the cell was given, [k, B, S].
+    """
+    auxiliary = getattr(cell, "auxiliary", None)
+    penalty = None if auxiliary is None else auxiliary(inputs.transpose(0, 1).flatten(0, 1), given.flatten(0, 1))
+    return None if penalty is None else penalty.sum()
+
+
+def evaluate_loss(loss_fn: LossFunction, outputs: Tensor, targets: Targets, auxiliary: Tensor | None = None) -> Tensor:
+    """The window's loss, checked to be one number; with what the cell adds."""
     loss = loss_fn(outputs, targets)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn returned {got}: it must return one number, summed over lanes and steps")
-    return loss.reshape(())
+    return loss.reshape(()) if auxiliary is None else loss.reshape(()) + auxiliary

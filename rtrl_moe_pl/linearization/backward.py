@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rtrl_moe_pl.linearization.routed_backward import RoutedBackward
 from rtrl_moe_pl.linearization.sparse import SparseJacobian
 from rtrl_moe_pl.linearization.step import Jacobian, StepDerivatives
 from rtrl_moe_pl.linearization.workspace import Workspace
@@ -21,8 +22,14 @@ class Backward(Protocol):
     """
 
     has_tap: bool
+    slot_size: int  # d of a routed cell
+    in_place: bool  # later and earlier cotangents of the states may be, and are, one tensor
 
     def __init__(self, workspace: Workspace, capacity: int) -> None: ...
+
+    def width(self, size: int) -> int:
+        """Numbers on the way, per lane; 0 for none."""
+        ...
 
     def extend(self, derivatives: StepDerivatives, like: Tensor) -> None:
         """Add the steps of ``like`` [k, B, S]; what a parameter's update would change is copied."""
@@ -48,12 +55,16 @@ class Backward(Protocol):
 class MatrixBackward:
     """By the matrix ds'/ds: for any cell."""
 
-    has_tap = False
+    has_tap = in_place = False
+    slot_size = 1
 
     def __init__(self, workspace: Workspace, capacity: int) -> None:
         self.workspace, self.capacity = workspace, capacity
         self.transitions: list[Tensor] = []
         self.flipped: list[Tensor] = []
+
+    def width(self, size: int) -> int:
+        return 0
 
     def extend(self, derivatives: StepDerivatives, like: Tensor) -> None:
         write_transitions(derivatives, self._room(like))
@@ -86,6 +97,8 @@ class TapBackward:
     """Where ds'/ds = diag(T) W + diag(a): the tap's cotangents are on the way, and a step's rows share W."""
 
     has_tap = True
+    in_place = False
+    slot_size = 1
 
     def __init__(self, workspace: Workspace, capacity: int) -> None:
         self.scale: list[Tensor] = []
@@ -94,6 +107,9 @@ class TapBackward:
         self.direct_row: list[Tensor] = []
         self.weight: list[Tensor] = []
         self.flipped: list[Tensor] = []
+
+    def width(self, size: int) -> int:
+        return size
 
     def extend(self, derivatives: StepDerivatives, like: Tensor) -> None:
         jacobian, weight, direct = _scales(derivatives)
@@ -141,11 +157,15 @@ class TapBackward:
 class ElementwiseBackward:
     """Where ds'/ds = diag(a)."""
 
-    has_tap = False
+    has_tap = in_place = False
+    slot_size = 1
 
     def __init__(self, workspace: Workspace, capacity: int) -> None:
         self.direct: list[Tensor] = []
         self.direct_row: list[Tensor] = []
+
+    def width(self, size: int) -> int:
+        return 0
 
     def extend(self, derivatives: StepDerivatives, like: Tensor) -> None:
         _, _, direct = _scales(derivatives)
@@ -167,6 +187,8 @@ class ElementwiseBackward:
 
 def kind_of_backward(derivatives: StepDerivatives) -> type[Backward]:
     """The cheapest that these derivatives allow."""
+    if derivatives.routing is not None:
+        return RoutedBackward
     through = [j for j, w in derivatives.sparse if w is not None]
     if derivatives.dense is not None or len(through) > 1 or not derivatives.sparse:
         return MatrixBackward
@@ -175,7 +197,7 @@ def kind_of_backward(derivatives: StepDerivatives) -> type[Backward]:
     return TapBackward if through else ElementwiseBackward
 
 
-KINDS = {kind.__name__: kind for kind in (MatrixBackward, TapBackward, ElementwiseBackward)}
+KINDS = {kind.__name__: kind for kind in (MatrixBackward, TapBackward, ElementwiseBackward, RoutedBackward)}
 
 
 def tap_on_the_way(derivatives: StepDerivatives) -> Key:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization.backward import Key, jacobian_key
-from rtrl_moe_pl.linearization.cotangents import Cotangents, ScaledCotangents, StoredCotangents
+from rtrl_moe_pl.linearization.cotangents import Cotangents, ProductCotangents, ScaledCotangents, StoredCotangents
 from rtrl_moe_pl.linearization.sparse import SparseJacobian
 from rtrl_moe_pl.linearization.step import Jacobian
 from rtrl_moe_pl.linearization.tail import Tail
@@ -53,20 +53,31 @@ class StateSweep:
 
 
 def loss_sweep(tail: Tail, cotangents: Tensor) -> LossSweep:
-    """Pull a loss on the last k steps back through all of them; ``cotangents`` [k, B, S] of the states returned.
+    """Pull a loss on the last k steps back through all of them.
+
+    Args:
+        cotangents: of the state that those began with and of the states that they returned, [k + 1, B, S].
 
     Cost: K B S^2 multiply-adds, in K small steps.
     """
     backward = tail.backward
     assert backward is not None
-    steps, before = len(tail), len(tail) - len(cotangents) + 1
+    steps, before = len(tail), len(tail) + 1 - len(cotangents)
     # [t + 1] belongs to the state that step t returned, [0] to the tail's start
     every = torch.cat([cotangents.new_zeros(before, *cotangents.shape[1:]), cotangents])
-    on_the_way = torch.empty_like(every[1:]) if backward.has_tap else None
+    batch, size = cotangents.shape[1:]
+    width = backward.width(size)
+    on_the_way = every.new_empty(steps, batch, width) if width else None
     rows = every.unsqueeze(2).unbind(0)  # [B, 1, S]
     out = [None] * steps if on_the_way is None else on_the_way.unsqueeze(2).unbind(0)
     initial = None
-    for t in reversed(range(steps)):
+    no_loss = not bool(cotangents.any())
+    if no_loss:
+        if on_the_way is not None:
+            on_the_way.zero_()
+        if any(here is not None for here in tail.starts):
+            initial = cotangents.new_zeros(batch, size)
+    for t in reversed(range(0 if no_loss else steps)):
         here = tail.starts[t]
         if here is None:
             backward.add_loss(t, rows[t + 1], rows[t], out[t])
@@ -84,12 +95,17 @@ def loss_sweep(tail: Tail, cotangents: Tensor) -> LossSweep:
     for _, jacobian in tail.taps:
         key = jacobian_key(jacobian)
         if key not in taps:
-            taps[key] = loss_cotangents(jacobian, every[1:])
+            assert on_the_way is not None or not backward.in_place
+            taps[key] = loss_cotangents(jacobian, on_the_way if backward.in_place else every[1:])  # type: ignore[arg-type]
     return LossSweep(every[1:], every[0], initial, taps)
 
 
 def state_sweep(
-    tail: Tail, losses: Mapping[Key, Cotangents], keep_states: bool = False, keep_initial: bool = False
+    tail: Tail,
+    losses: Mapping[Key, Cotangents],
+    keep_states: bool = False,
+    keep_initial: bool = False,
+    ends: Tensor | None = None,
 ) -> StateSweep:
     """Pull the identity on the end state back through all steps.
 
@@ -97,6 +113,7 @@ def state_sweep(
         losses: the taps' cotangents from the loss, to be handed on with those of the states.
         keep_states: keep the cotangents of all states, not only of the first.
         keep_initial: sum up what the initial state receives.
+        ends: begin with the entries of these slots alone, [B, U]: S below is then U d wherever it comes last.
 
     Cost: K B S^3 multiply-adds; K small steps in sequence, all else is batched over the tail.
     """
@@ -105,12 +122,15 @@ def state_sweep(
     assert like is not None
     steps, (batch, size) = len(tail), like.shape
     keys = {jacobian_key(jacobian): jacobian for _, jacobian in tail.taps}
-    keep_states |= bool(keys.keys() - {tail.on_the_way})
-    kept = steps + 1 if keep_states else 2  # a ring; kept whole, [0] is the tail's start
-    ring = tail.workspace.empty("states", (kept, batch, size, size), like)
+    keep_states |= bool(keys.keys() - {tail.on_the_way}) and not backward.in_place
+    kept = steps + 1 if keep_states else 1 if backward.in_place else 2  # a ring; kept whole, [0] is the tail's start
+    identity = _identity(like, ends, backward.slot_size)
+    ring = tail.workspace.empty("states", (kept, *identity.shape), like)
     states = ring.unbind(0)
-    states[steps % kept].zero_().diagonal(dim1=1, dim2=2).fill_(1.0)
-    on_the_way = tail.workspace.steps("on the way", (steps, batch, size, size), like) if backward.has_tap else None
+    states[steps % kept].copy_(identity)
+    width, entries = backward.width(size), identity.shape[2]
+    room = tail.workspace.empty if backward.in_place else tail.workspace.steps
+    on_the_way = room("on the way", (steps, batch, width, entries), like) if width else None
     out = [None] * steps if on_the_way is None else on_the_way.unbind(0)
     initial = None
     for t in reversed(range(steps)):
@@ -121,7 +141,7 @@ def state_sweep(
                 taken = torch.where(here[:, None, None], earlier, 0.0)
                 initial = taken if initial is None else initial + taken
             earlier.masked_fill_(here[:, None, None], 0.0)
-        if t % FLUSH_EVERY == 0:
+        if t % FLUSH_EVERY == 0 and not backward.in_place:
             copy_flushed(earlier, earlier)
     later = ring[1:] if keep_states else None
     taps: dict[Key, Cotangents] = {}
@@ -129,6 +149,11 @@ def state_sweep(
         from_loss = losses[key].loss
         if key == tail.on_the_way and on_the_way is not None:
             taps[key] = StoredCotangents(on_the_way, from_loss)
+            continue
+        if backward.in_place:
+            assert on_the_way is not None
+            assert isinstance(jacobian, Tensor)
+            taps[key] = ProductCotangents(on_the_way, from_loss, jacobian, tail.workspace)
             continue
         assert later is not None
         if isinstance(jacobian, SparseJacobian):
@@ -138,6 +163,16 @@ def state_sweep(
             torch.bmm(jacobian.transpose(1, 2), later.flatten(0, 1), out=values)
             taps[key] = StoredCotangents(values.unflatten(0, (steps, batch)), from_loss)
     return StateSweep(later, states[0], initial, taps)
+
+
+def _identity(like: Tensor, ends: Tensor | None, slot_size: int) -> Tensor:
+    """One cotangent an entry of the end state, [B, S, S]; or of some of its slots ``ends`` [B, U], [B, S, U d]."""
+    batch, size = like.shape
+    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+    if ends is None:
+        return eye.expand(batch, size, size)
+    slots = size // slot_size
+    return eye.view(slots, slot_size, size)[ends].permute(0, 3, 1, 2).flatten(2)
 
 
 def loss_cotangents(jacobian: Jacobian, losses: Tensor) -> Cotangents:

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rtrl_moe_pl.cells.routed import Routing
 from rtrl_moe_pl.linearization.backward import jacobian_key
 from rtrl_moe_pl.linearization.chain import loss_cotangents, loss_sweep, state_sweep
 from rtrl_moe_pl.linearization.planner import make_plan, probing_rows, without_taps
+from rtrl_moe_pl.linearization.routed import RoutedInputs
 from rtrl_moe_pl.linearization.slow import functional_terms, initial_terms, whole_window
-from rtrl_moe_pl.linearization.step import Plan, PlanMismatch, StepLinearizer, require_close
+from rtrl_moe_pl.linearization.step import (
+    Plan,
+    PlanMismatch,
+    StepDerivatives,
+    StepLinearizer,
+    require_close,
+)
 from rtrl_moe_pl.linearization.tail import Steps, Tail
 from rtrl_moe_pl.linearization.terms import tap_terms
 from rtrl_moe_pl.linearization.window import Block, Term, WindowLinearization, gradient_of, separate
@@ -37,19 +45,20 @@ class Linearizer:
     Args:
         cell: the module.
         parameters: its parameters by public name.
+        step: what is differentiated in its place.
 
     Raises:
         ValueError: if the cell contains batch normalisation, which couples lanes.
     """
 
-    def __init__(self, cell: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, cell: nn.Module, parameters: dict[str, nn.Parameter], step: nn.Module | None = None) -> None:
         refuse_batch_norm(cell)
         self.cell = cell
         self.trainable: dict[str, Tensor] = {n: p for n, p in parameters.items() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in self.trainable.items()}
         buffers = {f"buffer.{name}": b for name, b in cell.named_buffers()}
         known: dict[str, Tensor] = {**parameters, **buffers}
-        self._step = StepLinearizer(cell, {id(p): n for n, p in known.items()}, known)
+        self._step = StepLinearizer(cell if step is None else step, {id(p): n for n, p in known.items()}, known)
         self._plan: Plan | None = None
         self._identities = _identities(parameters)
         self._window_path = ""  # the reason, once the slowest path was chosen for good
@@ -97,10 +106,11 @@ class Linearizer:
         inputs: Tensor,  # [k, B, ..]
         given: Tensor,  # [k, B, S]
         returned: Tensor,  # [k, B, S]
-        cotangents: Tensor,  # [k, B, S], of the states returned, from the loss
+        cotangents: Tensor,  # [k + 1, B, S], from the loss, of the first state and of those returned
         initial: Tensor | None,  # [B, S] with its graph; None if no lane starts
         starts: Tensor | None,  # [B, k]
         starting: list[bool],
+        routings: Sequence[Routing] = (),
     ) -> Steps | WindowLinearization | None:
         """Derivatives of a window that ran without a graph.
 
@@ -111,7 +121,7 @@ class Linearizer:
         """
         try:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels' derivatives cannot be batched
-                steps = self._differentiate(inputs, given, returned, starts, starting)
+                steps = self._differentiate(inputs, given, returned, starts, starting, routings)
                 assert self._plan is not None
                 result: Steps | WindowLinearization = steps
                 if self._plan.untapped or (initial is not None and initial.requires_grad):
@@ -126,18 +136,27 @@ class Linearizer:
         return result
 
     def _differentiate(
-        self, inputs: Tensor, given: Tensor, returned: Tensor, starts: Tensor | None, starting: list[bool]
+        self,
+        inputs: Tensor,
+        given: Tensor,
+        returned: Tensor,
+        starts: Tensor | None,
+        starting: list[bool],
+        routings: Sequence[Routing],
     ) -> Steps:
-        x, s = inputs.flatten(0, 1), given.flatten(0, 1)
-        if self._plan is None:
-            self._plan = self._new_plan(x, s)
-        try:
-            outputs, derivatives = self._step.derivatives(self._plan, x, s)
-        except PlanMismatch:
-            self._plan = self._new_plan(x, s, self._plan)
-            outputs, derivatives = self._step.derivatives(self._plan, x, s)
-        _require_same_states(outputs.view(given.shape), returned)
+        outputs, derivatives = self._derivatives(inputs.flatten(0, 1), given.flatten(0, 1))
+        require_same_states(outputs.view(given.shape), returned)
         return Steps(derivatives, given, starts, starting)
+
+    def _derivatives(self, x: Tensor | RoutedInputs, state: Tensor) -> tuple[Tensor, StepDerivatives]:
+        """The new states and their derivatives by the plan, or by a new one where it does not hold."""
+        if self._plan is None:
+            self._plan = self._new_plan(x, state)
+        try:
+            return self._step.derivatives(self._plan, x, state)
+        except PlanMismatch:
+            self._plan = self._new_plan(x, state, self._plan)
+            return self._step.derivatives(self._plan, x, state)
 
     def _at_once(
         self,
@@ -167,11 +186,11 @@ class Linearizer:
                 self._initial_names |= {member.name for member in block.members}
         return separate(WindowLinearization(state.start, loss.start, dict(terms), self.shapes))
 
-    def _new_plan(self, x: Tensor, state: Tensor, previous: Plan | None = None) -> Plan:
+    def _new_plan(self, x: Tensor | RoutedInputs, state: Tensor, previous: Plan | None = None) -> Plan:
         """A plan whose parameter gradients equal autograd's for a random cotangent of every row."""
         plan = make_plan(self._step, x, state, previous)
-        probes = probing_rows(self._step, x, state)
-        x, state = torch.cat([x, probes[0]]), torch.cat([state, probes[1]])
+        rows, states = probing_rows(self._step, x, state)
+        x, state = x[torch.cat([torch.arange(len(state), device=rows.device), rows])], torch.cat([state, states])
         try:
             self._step.derivatives(plan, x, state)
         except PlanMismatch:  # derivatives that vanish at the rows probed
@@ -183,7 +202,7 @@ class Linearizer:
                 raise PlanMismatch(f"the gradient of {min(wrong)} through its taps is not autograd's")
         return plan
 
-    def _wrong_taps(self, plan: Plan, x: Tensor, state: Tensor) -> set[str]:
+    def _wrong_taps(self, plan: Plan, x: Tensor | RoutedInputs, state: Tensor) -> set[str]:
         outputs, derivatives = self._step.derivatives(plan, x, state)
         probe = self._step.probe(outputs)[None]  # every row as a lane of one step
         with torch.no_grad():
@@ -193,23 +212,25 @@ class Linearizer:
         free = {name: p for name, p in self.trainable.items() if name not in plan.untapped}
         if not free:
             return set()
-        output = self.cell(x, state)
+        output = self._step.cell(x, state)
         truth: Sequence[Tensor | None] = [None] * len(free)
         if output.requires_grad:
             truth = torch.autograd.grad(output, list(free.values()), probe[0], allow_unused=True)
+        scale = max((float(expected.abs().max()) for expected in truth if expected is not None), default=0.0)
         wrong = set()
         for (name, parameter), expected in zip(free.items(), truth, strict=True):
             zero = torch.zeros_like(parameter)
             try:
-                require_close(found.get(name, zero), zero if expected is None else expected)
+                require_close(found.get(name, zero), zero if expected is None else expected, scale)
             except PlanMismatch:
                 wrong.add(name)
         return wrong
 
     @torch.enable_grad()
     def linearize_graph(self, start: Tensor, returned: list[Tensor], loss_cotangents: Tensor) -> WindowLinearization:
-        """Derivatives of a window that ran with its graph from the leaf ``start`` [B, S]."""
-        transition, cotangent, dense = whole_window(start, returned, loss_cotangents, self.trainable)
+        """Derivatives of a window that ran with its graph from the leaf ``start``; cotangents [k + 1, B, S]."""
+        transition, cotangent, dense = whole_window(start, returned, loss_cotangents[1:], self.trainable)
+        cotangent += loss_cotangents[0]
         terms: dict[Block, list[Term]] = {block: list(found) for block, found in dense.items()}
         return WindowLinearization(transition, cotangent, terms, self.shapes)
 
@@ -252,7 +273,8 @@ def refuse_batch_norm(cell: nn.Module) -> None:
             )
 
 
-def _require_same_states(batched: Tensor, sequential: Tensor) -> None:
+def require_same_states(batched: Tensor, sequential: Tensor) -> None:
+    """Raise PlanMismatch if the steps' batched evaluation is not what they were."""
     try:
         require_close(batched, sequential)
     except PlanMismatch:

@@ -16,7 +16,7 @@ def pull_back(tail: Tail, cotangents: Tensor, shapes: dict[str, torch.Size]) -> 
     """A loss on the tail's last k steps, as its cotangent of the state the tail began with, and its own part.
 
     Args:
-        cotangents: of the states returned, from the loss, [k, B, S].
+        cotangents: from the loss, [k + 1, B, S]: of the state that these began with, and of those returned.
         shapes: of the parameters wanted, by name.
 
     Returns:
@@ -30,5 +30,7 @@ def pull_back(tail: Tail, cotangents: Tensor, shapes: dict[str, torch.Size]) -> 
 def multiply_out(tail: Tail, cotangents: Tensor, shapes: dict[str, torch.Size]) -> WindowLinearization:
     """A tail as one window; arguments as for ``pull_back``."""
     loss = loss_sweep(tail, cotangents)
-    state = state_sweep(tail, loss.taps)
-    return separate(WindowLinearization(state.start, loss.start, tap_terms(tail.taps, state.taps, shapes), shapes))
+    ends, sources = tail.slots_used()
+    state = state_sweep(tail, loss.taps, ends=ends)
+    terms = tap_terms(tail.taps, state.taps, shapes)
+    return separate(WindowLinearization(state.start, loss.start, terms, shapes, ends, sources))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rtrl_moe_pl.linearization.routed import RoutedInputs
 from rtrl_moe_pl.linearization.sparse import Pattern, colour_rows, compress
 from rtrl_moe_pl.linearization.step import Evaluation, Plan, StepLinearizer, batched_vjp
 
 PROBE_ROWS = 64
 
 
-def make_plan(step: StepLinearizer, x: Tensor, state: Tensor, previous: Plan | None = None) -> Plan:
+def make_plan(step: StepLinearizer, x: Tensor | RoutedInputs, state: Tensor, previous: Plan | None = None) -> Plan:
     """A plan for rows like x [N, ..], state [N, S].
 
     Args:
@@ -34,40 +35,45 @@ def make_plan(step: StepLinearizer, x: Tensor, state: Tensor, previous: Plan | N
     return plan
 
 
-def without_taps(step: StepLinearizer, plan: Plan, names: set[str], x: Tensor, state: Tensor) -> Plan:
+def without_taps(step: StepLinearizer, plan: Plan, names: set[str], x: Tensor | RoutedInputs, state: Tensor) -> Plan:
     """A plan that leaves some more parameters to the functional path."""
     return _with_patterns(step, x, state, plan.per_row - names, plan.untapped | names, plan)
 
 
-def probing_rows(step: StepLinearizer, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Some rows, every other one with a random state: zeros of a first state hide what depends on it."""
-    rows = torch.linspace(0, x.shape[0] - 1, PROBE_ROWS, device=x.device).round().long()
+def probing_rows(step: StepLinearizer, x: Tensor | RoutedInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of some rows, and states for them, every other one random: zeros of a first state hide dependence."""
+    rows = torch.linspace(0, state.shape[0] - 1, PROBE_ROWS, device=state.device).round().long()
     states = state[rows]
     states[::2] = step.probe(states[::2])
-    return x[rows], states
+    return rows, states
 
 
-def _works_per_row(step: StepLinearizer, x: Tensor, state: Tensor, name: str) -> bool:
+def _works_per_row(step: StepLinearizer, x: Tensor | RoutedInputs, state: Tensor, name: str) -> bool:
     """Whether the parameter acts on each row alone: at another value, one copy a row must give the same states.
 
     At its own value a constant parameter would hide any mixing of its entries, and a single row any mixing of rows.
     """
-    x, state = probing_rows(step, x, state)
+    rows, state = probing_rows(step, x, state)
+    x = x[rows]
     parameter = step.parameters[name].detach()
     value = parameter + 0.05 * (parameter.abs().max() + 1) * step.probe(parameter)
-    copies = value.expand(x.shape[0], *(1,) * (1 - value.ndim), *value.shape)
-    try:
-        truth = step.with_value(name, value, x, state)
-        found = step.with_value(name, copies, x, state)
-    except Exception:  # whatever a cell raises when its parameter has another shape: it is not element-wise
-        return False
+    truth = step.with_value(name, value, x, state)
     tolerance = 1e-10 if truth.dtype == torch.float64 else 1e-4
-    return found.shape == truth.shape and torch.allclose(found, truth, rtol=tolerance, atol=tolerance)
+    for between in range(3):  # dimensions between the rows and its own
+        copies = value.expand(state.shape[0], *(1,) * (1 - value.ndim + between), *value.shape)
+        try:
+            found = step.with_value(name, copies, x, state)
+        except Exception:  # whatever a cell raises when its parameter has another shape: it is not element-wise
+            continue
+        if found.shape == truth.shape and torch.allclose(found, truth, rtol=tolerance, atol=tolerance):
+            step.copies_ndim[name] = copies.ndim
+            return True
+    return False
 
 
 def _with_patterns(
     step: StepLinearizer,
-    x: Tensor,
+    x: Tensor | RoutedInputs,
     state: Tensor,
     per_row: frozenset[str],
     untapped: frozenset[str],
@@ -81,16 +87,19 @@ def _with_patterns(
             break
         per_row, untapped = per_row - more, untapped | more
     signature = tuple(tap.signature for tap in run.taps)
-    present, batched = _present(step.evaluate(plan, *probing_rows(step, x, state), cut=True), True)
+    if any(tap.experts is not None for tap in run.taps):  # every row has another weight: nothing to compose
+        return Plan(signature, per_row, untapped)
+    rows, states = probing_rows(step, x, state)
+    present, batched = _present(step.evaluate(plan, x[rows], states, cut=True), True)
     if previous is not None:
-        for begin in range(0, x.shape[0], PROBE_ROWS):
+        for begin in range(0, state.shape[0], PROBE_ROWS):
             part = slice(begin, begin + PROBE_ROWS)
             more, batched = _present(step.evaluate(plan, x[part], state[part], cut=True), batched)
             present = [[a | b for a, b in zip(*pair, strict=True)] for pair in zip(present, more, strict=True)]
         if previous.signature == signature and previous.patterns is not None:
             known = [[p.to_bool() for p in row] for row in previous.patterns]
             present = [[a | b for a, b in zip(*pair, strict=True)] for pair in zip(present, known, strict=True)]
-    return Plan(signature, per_row, untapped, _compressed(present, x.device), batched)
+    return Plan(signature, per_row, untapped, _compressed(present, state.device), batched)
 
 
 def _present(run: Evaluation, batched: bool) -> tuple[list[list[Tensor]], bool]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rtrl_moe_pl.cells.routed import Routing
+from rtrl_moe_pl.linearization.routed import RoutedInputs
 from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian
 from rtrl_moe_pl.linearization.taps import Tap, TapRecorder
 
@@ -28,11 +30,14 @@ class StepDerivatives:
         sparse: pairs (T [N, S, U], W [U, S]) whose products T W are summed into ds'/ds; W None for the identity.
         dense: what else is summed into it, [N, S, S], or None.
         taps: each tap with ds'/d(its output) [N, S, U].
+        routing: of a routed cell, whose s' and s are here the slots written [N, W d] and those read and written
+            [N, (R + W) d].
     """
 
     sparse: list[tuple[SparseJacobian, Tensor | None]]
     dense: Tensor | None
     taps: list[tuple[Tap, Jacobian]]
+    routing: Routing | None = None
 
 
 @dataclass
@@ -94,11 +99,12 @@ class StepLinearizer:
         self.names = names
         self.parameters = parameters
         self.local_names = {id(p): n for n, p in cell.named_parameters(remove_duplicate=False)}
+        self.copies_ndim: dict[str, int] = {}  # of parameters that may be copied for every row
         self._probes: dict[tuple[object, ...], Tensor] = {}
 
     # -- running the cell ------------------------------------------------------------------------------------------
 
-    def evaluate(self, plan: Plan | None, x: Tensor, state: Tensor, cut: bool) -> Evaluation:
+    def evaluate(self, plan: Plan | None, x: Tensor | RoutedInputs, state: Tensor, cut: bool) -> Evaluation:
         """Run the cell once over N rows: x [N, ..], state [N, S]."""
         leaf = state.detach().requires_grad_()
         hidden = plan.untapped | plan.per_row if plan else frozenset()
@@ -107,18 +113,18 @@ class StepLinearizer:
         copies = {}
         for name in sorted(plan.per_row) if plan else ():
             parameter = self.parameters[name]
-            copies[self.local_names[id(parameter)]] = recorder.per_row(name, parameter, max(parameter.ndim + 1, 2))
+            copies[self.local_names[id(parameter)]] = recorder.per_row(name, parameter, self.copies_ndim[name])
         if copies:
             output = recorder.run(lambda a, b: functional_call(self.cell, copies, (a, b)), x, leaf)
         else:
             output = recorder.run(self.cell, x, leaf)
         if not output.requires_grad:
-            output = output + 0.0 * leaf  # a state that depends on nothing differentiable
+            output = output + 0.0 * leaf.sum()  # a state that depends on nothing differentiable
         if not all(tap.is_unchanged for tap in recorder.taps):
             raise PlanMismatch("the input of a layer is changed in place after the layer has used it")
         return Evaluation(leaf, output, recorder.taps)
 
-    def with_value(self, name: str, value: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    def with_value(self, name: str, value: Tensor, x: Tensor | RoutedInputs, state: Tensor) -> Tensor:
         """The new states [N, S] with another value of a parameter."""
         local = self.local_names[id(self.parameters[name])]
         with torch.no_grad():
@@ -134,7 +140,7 @@ class StepLinearizer:
 
     # -- differentiating it ----------------------------------------------------------------------------------------
 
-    def derivatives(self, plan: Plan, x: Tensor, state: Tensor) -> tuple[Tensor, StepDerivatives]:
+    def derivatives(self, plan: Plan, x: Tensor | RoutedInputs, state: Tensor) -> tuple[Tensor, StepDerivatives]:
         """The new states [N, S] and their local derivatives.
 
         Raises:
@@ -166,9 +172,10 @@ class StepLinearizer:
         probe = self.probe(run.output)
         truth = torch.autograd.grad(run.output, run.sources, probe, retain_graph=True, materialize_grads=True)
         dense = [j.flatten(2).transpose(0, 1) for j in jacobians]  # [N, S, U]
+        scale = torch.stack([expected.abs().max() for expected in truth]).max()
         for jacobian, expected in zip(dense, truth, strict=True):
             found = torch.bmm(probe[:, None], jacobian)[:, 0]
-            require_close(found, expected.flatten(1))
+            require_close(found, expected.flatten(1), scale)
         return StepDerivatives([], dense[0], list(zip(map(_detached, run.taps), dense[1:], strict=True)))
 
     def _compressed(self, plan: Plan, run: Evaluation) -> StepDerivatives:
@@ -278,12 +285,16 @@ def _constant(jacobian: SparseJacobian) -> bool:
     return all(bool((values == values[:1]).all()) for values in jacobian.values)
 
 
-def require_close(found: Tensor, expected: Tensor) -> None:
-    """Raise PlanMismatch if two tensors differ by more than rounding, on the scale of the largest expected entry."""
+def require_close(found: Tensor, expected: Tensor, scale: Tensor | float = 0.0) -> None:
+    """Raise PlanMismatch if two tensors differ by more than rounding, on the scale of the largest expected entry.
+
+    Args:
+        scale: of what they are computed with: they may cancel out to something much smaller (a norm of few numbers).
+    """
     if not expected.numel():
         return
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(expected.dtype, 5e-2)
-    wrong = (found - expected).abs().max() > tolerance * expected.abs().max() + 1e-30
+    wrong = (found - expected).abs().max() > tolerance * (expected.abs().max() + 0.1 * scale) + 1e-30
     if bool(wrong):  # false for NaN: numbers that are not finite are reported where they are used
         raise PlanMismatch("a derivative differs from autograd's")
 

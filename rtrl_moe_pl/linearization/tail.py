@@ -18,6 +18,7 @@ from rtrl_moe_pl.linearization.backward import (
     kind_of_backward,
     tap_on_the_way,
 )
+from rtrl_moe_pl.linearization.routed_backward import RoutedBackward
 from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian
 from rtrl_moe_pl.linearization.step import Jacobian, StepDerivatives
 from rtrl_moe_pl.linearization.taps import Tap
@@ -93,6 +94,16 @@ class Tail:
         _, met, _ = self.form
         return None if met < 0 else jacobian_key(self.taps[met][1])
 
+    def slots_used(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of a routed cell, the slots that were written, and those that were read or written; None for all."""
+        if not isinstance(self.backward, RoutedBackward):
+            return None, None
+        assert self.like is not None
+        started = torch.zeros(len(self.like), dtype=torch.bool, device=self.like.device)
+        for here in self.starts:
+            started = started if here is None else started | here
+        return self.backward.slots_used(started)
+
     def takes(self, steps: Steps) -> bool:
         """Whether these steps can be added: there is room, and they were differentiated in the same way."""
         if not len(self):
@@ -132,7 +143,7 @@ class Tail:
                     "names": [tap.weight or "", tap.bias or ""],
                     "transposed": tap.transposed,
                     "output": list(tap.output.shape[1:]),
-                    "has_input": tap.input is not None,
+                    "has": [tap.input is not None, tap.experts is not None],
                     "leaves": [order[_place(value)] for value in _tensors(tap, jacobian)],
                     "pattern": [] if pattern is None else [pattern.row_of, pattern.colour_of],
                 }
@@ -153,10 +164,10 @@ class Tail:
         leaves = [leaf.to(like.device, like.dtype if leaf.is_floating_point() else None) for leaf in state["leaves"]]
         for saved in state["taps"]:
             own = [leaves[number] for number in saved["leaves"]]
-            source = own.pop(0) if saved["has_input"] else None
+            source, experts = (own.pop(0) if has else None for has in saved["has"])
             output = torch.empty(1, *saved["output"])
             weight, bias = (name or None for name in saved["names"])
-            tap = Tap(output, source, weight, bias, saved["transposed"])
+            tap = Tap(output, source, weight, bias, saved["transposed"], experts=experts)
             if not saved["pattern"]:
                 self.taps.append((tap, own[0]))
             else:
@@ -181,12 +192,12 @@ class Tail:
             joined[_place(value)] = buffer[: rows + len(value)]
         result: list[tuple[Tap, Jacobian]] = []
         for tap, jacobian in taps:
-            source = None if tap.input is None else joined[_place(tap.input)]
+            source, experts = (None if v is None else joined[_place(v)] for v in (tap.input, tap.experts))
             if isinstance(jacobian, SparseJacobian):
                 whole: Jacobian = replace(jacobian, values=[joined[_place(v)] for v in jacobian.values])
             else:
                 whole = joined[_place(jacobian)]
-            result.append((replace(tap, input=source), whole))
+            result.append((replace(tap, input=source, experts=experts), whole))
         return result
 
 
@@ -208,7 +219,7 @@ def _place(value: Tensor) -> Key:
 def _tensors(tap: Tap, jacobian: Jacobian) -> list[Tensor]:
     """What a tap holds for every row."""
     values = jacobian.values if isinstance(jacobian, SparseJacobian) else [jacobian]
-    return values if tap.input is None else [tap.input, *values]
+    return [*(v for v in (tap.input, tap.experts) if v is not None), *values]
 
 
 def _leaves(taps: list[tuple[Tap, Jacobian]]) -> dict[Key, Tensor]:

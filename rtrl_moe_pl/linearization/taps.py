@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from rtrl_moe_pl.cells.experts import expert_linear
+
 
 @dataclass
 class Tap:
     """One meeting with parameters: ``output = input W^T + b``; a look-up ``W[ids]``; or a bias alone.
 
-    ``output`` is [N, .., rows]; ``input`` [N, .., columns], or integer ids [N, ..] for a look-up, or None.
+    ``output`` is [N, .., rows]; ``input`` [N, .., columns], or integer ids [N, ..] for a look-up, or None. With
+    ``experts`` [N, A] the parameters are banks, of which output [N, A, rows] met those experts.
     """
 
     output: Tensor
@@ -30,6 +33,7 @@ class Tap:
     bias: str | None
     transposed: bool = False  # the weight is stored [columns, rows]
     version: int = 0  # of the input when it was met
+    experts: Tensor | None = None
 
     @property
     def is_unchanged(self) -> bool:
@@ -43,7 +47,8 @@ class Tap:
     @property
     def signature(self) -> tuple[Any, ...]:
         """What must stay the same from window to window for a plan to hold."""
-        return self.weight, self.bias, self.transposed, self.is_lookup, self.output.shape[1:]
+        kind = (self.transposed, self.is_lookup, self.experts is not None)
+        return self.weight, self.bias, kind, self.output.shape[1:]
 
 
 _MATMULS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
@@ -131,6 +136,8 @@ class TapRecorder:
             return self._lookup(func, args, kwargs)
         if func is F.layer_norm:
             return self._layer_norm(func, args, kwargs)
+        if func is expert_linear:
+            return self._experts(args, kwargs)
         if func in _FUSED:
             with _Mode(self):
                 return _FUSED[func](*args, **kwargs)
@@ -142,7 +149,7 @@ class TapRecorder:
     def _record(
         self, output: Tensor, source: Tensor | None, weight: str | None, bias: str | None, flip: bool
     ) -> Tensor:
-        if self.cut:
+        if self.cut or not output.requires_grad:
             output = output.detach().requires_grad_()
         self.taps.append(Tap(output, source, weight, bias, flip, 0 if source is None else source._version))
         return output.clone()  # the cell may change it in place
@@ -171,6 +178,18 @@ class TapRecorder:
         name = self._name(weight)
         if name is not None and ids.ndim >= 1 and ids.shape[0] == self.rows:
             return self._record(output, ids, name, None, False)
+        return output
+
+    def _experts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        source, weight, bias, experts = _bind(("input", "weight", "bias", "experts"), args, kwargs)
+        names = self._name(weight), self._name(bias)
+        if names[0] is None or (bias is not None and names[1] is None) or len(source) != self.rows:
+            return expert_linear(source, weight, bias, experts)
+        # what is recorded needs no graph to its parameters
+        output = expert_linear(source, weight.detach(), None if bias is None else bias.detach(), experts)
+        source = source.expand(-1, experts.shape[1], -1)
+        output = self._record(output, source, *names, False)
+        self.taps[-1].experts = experts
         return output
 
     def _layer_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

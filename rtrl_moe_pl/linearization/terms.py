@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization.backward import Key, jacobian_key
-from rtrl_moe_pl.linearization.cotangents import Cotangents, StoredCotangents
+from rtrl_moe_pl.linearization.cotangents import Cotangents
+from rtrl_moe_pl.linearization.experts import ExpertTerm, Uses
 from rtrl_moe_pl.linearization.step import Jacobian
 from rtrl_moe_pl.linearization.taps import Tap
 from rtrl_moe_pl.linearization.window import Block, IndexTerm, Member, OuterTerm, Term
@@ -24,6 +25,7 @@ class _Meeting:
     key: Key  # equal for taps with the same cotangents
     cotangents: Cotangents
     inputs: Tensor | None
+    uses: Uses | None = None
 
 
 def tap_terms(
@@ -45,23 +47,30 @@ def tap_terms(
             assert meeting.inputs is not None
             vocabulary, width = shapes[tap.weight]
             block = Block(width, vocabulary, (Member(tap.weight, 0, vocabulary, transposed=True),))
-            terms[block].append(IndexTerm(meeting.cotangents, meeting.inputs))
+            terms[block].append(IndexTerm(meeting.cotangents, meeting.inputs, vocabulary))
         elif all(uses[name] == 1 for name in names):
             joint[meeting.key].append(meeting)
         else:
             for name in names:
                 block, inputs = _single(meeting, name, shapes)
-                terms[block].append(OuterTerm(meeting.cotangents, inputs))
+                terms[block].append(_product(meeting, inputs))
     for group in joint.values():
         block, inputs = _grouped(group, shapes)
-        terms[block].append(OuterTerm(group[0].cotangents, inputs))
+        terms[block].append(_product(group[0], inputs))
     return dict(terms)
+
+
+def _product(meeting: _Meeting, inputs: Tensor | None) -> Term:
+    if meeting.uses is None:
+        return OuterTerm(meeting.cotangents, inputs)
+    return ExpertTerm(meeting.cotangents, inputs, meeting.uses)
 
 
 def _meet(
     taps: Sequence[tuple[Tap, Jacobian]], known: Mapping[Key, Cotangents], shapes: Mapping[str, torch.Size]
 ) -> list[_Meeting]:
     meetings = []
+    found: dict[int, Uses] = {}  # banks that are met together share the work of sorting
     for tap, jacobian in taps:
         if tap.weight not in shapes and tap.bias not in shapes:
             continue
@@ -71,28 +80,31 @@ def _meet(
         rows = tap.output.shape[-1]
         copies = tap.output[0].numel() // rows
         if copies > 1:  # the layer acted on several vectors a row: they count as more steps
-            values = cotangents.part(0, batch, 0, copies * rows).clone()
-            cotangents = StoredCotangents(*(_as_steps(v, copies) for v in (values, cotangents.loss)))
+            cotangents = cotangents.as_steps(copies)
             key = (*key, copies)
         if inputs is not None:
             inputs = inputs.detach().reshape(steps, batch, copies, *(() if tap.is_lookup else (-1,)))
-            inputs = inputs.transpose(1, 2).flatten(0, 1)
-        meetings.append(_Meeting(tap, key, cotangents, inputs))
+            inputs = inputs.movedim(2, 0).flatten(0, 1)
+        uses = None
+        if tap.experts is not None:
+            place = tap.experts.data_ptr()
+            experts = tap.experts.reshape(steps, batch, copies).movedim(2, 0).flatten(0, 1)
+            count = next(shapes[name][0] for name in (tap.weight, tap.bias) if name is not None and name in shapes)
+            uses = found.setdefault(place, Uses(experts, count))
+            key = (*key, "experts", place)
+        meetings.append(_Meeting(tap, key, cotangents, inputs, uses))
     return meetings
-
-
-def _as_steps(value: Tensor, copies: int) -> Tensor:
-    """[k, B, copies rows, ..] as [k copies, B, rows, ..]."""
-    return value.unflatten(2, (copies, value.shape[2] // copies)).transpose(1, 2).flatten(0, 1)
 
 
 def _single(meeting: _Meeting, name: str, shapes: Mapping[str, torch.Size]) -> tuple[Block, Tensor | None]:
     tap, shape = meeting.tap, shapes[name]
+    experts = 1 if meeting.uses is None else meeting.uses.count
     if name != tap.weight:
-        return Block.alone(name, shape), None
+        return Block(shape.numel() // experts, experts, (Member(name, 0, 1),), experts), None
     assert meeting.inputs is not None
     width = meeting.inputs.shape[-1]
-    return Block(shape.numel() // width, width, (Member(name, 0, width, tap.transposed),)), meeting.inputs
+    rows = shape.numel() // width // experts
+    return Block(rows, experts * width, (Member(name, 0, width, tap.transposed),), experts), meeting.inputs
 
 
 def _grouped(group: list[_Meeting], shapes: Mapping[str, torch.Size]) -> tuple[Block, Tensor | None]:
@@ -116,7 +128,8 @@ def _grouped(group: list[_Meeting], shapes: Mapping[str, torch.Size]) -> tuple[B
             members.append(Member(meeting.tap.bias, columns, 1))
             inputs.append(cotangents.loss.new_ones(1, 1, 1).expand(*cotangents.shape[:2], 1))
             columns += 1
-    block = Block(cotangents.shape[2], columns, tuple(members))
+    experts = 1 if group[0].uses is None else group[0].uses.count
+    block = Block(cotangents.shape[2], experts * columns, tuple(members), experts)
     if all(meeting.tap.weight not in shapes for meeting in group):
         if len(members) == 1:
             return block, None

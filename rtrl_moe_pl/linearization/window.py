@@ -45,11 +45,15 @@ class Block:
 
     ``rows`` index a layer's outputs and ``columns`` its inputs. Parameters that meet the same cotangents (weights and
     biases of layers whose outputs are added) share a block, so that one product over time serves them all.
+
+    A block of banks has the columns of one expert after those of another, ``experts`` times; its members' places are
+    those inside an expert.
     """
 
     rows: int
     columns: int
     members: tuple[Member, ...]
+    experts: int = 1
 
     @staticmethod
     def alone(name: str, shape: torch.Size) -> Block:
@@ -59,8 +63,9 @@ class Block:
     def split(self, value: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
         """Cut ``[.., columns, rows]`` into the members' own shapes (leading dimensions kept)."""
         parts: dict[str, Tensor] = {}
+        by_expert = value.unflatten(-2, (self.experts, self.columns // self.experts))
         for member in self.members:
-            part = value[..., member.start : member.start + member.width, :]
+            part = by_expert[..., member.start : member.start + member.width, :]
             if not member.transposed:
                 part = part.transpose(-1, -2)
             parts[member.name] = part.reshape(value.shape[:-2] + shapes[member.name])
@@ -68,11 +73,12 @@ class Block:
 
     def join(self, parts: dict[str, Tensor], out: Tensor) -> None:
         """The inverse of ``split`` for the members in ``parts``: write them into ``out`` [.., columns, rows]."""
+        by_expert = out.unflatten(-2, (self.experts, self.columns // self.experts))
         for member in self.members:
             if member.name in parts:
                 shape = (member.width, self.rows) if member.transposed else (self.rows, member.width)
-                value = parts[member.name].reshape(out.shape[:-2] + shape)
-                place = out[..., member.start : member.start + member.width, :]
+                value = parts[member.name].reshape(*out.shape[:-2], self.experts, *shape)
+                place = by_expert[..., member.start : member.start + member.width, :]
                 place.copy_(value if member.transposed else value.transpose(-1, -2))
 
 
@@ -81,6 +87,10 @@ class Term(Protocol):
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
         """Add M to ``influence`` [lanes, columns, rows, S], the part of a block that begins at ``lane``, ``row``."""
+        ...
+
+    def immediate(self) -> Tensor:
+        """M of all lanes, the state first: [B, S, rows, columns]."""
         ...
 
     def add_gradient(self, gradient: Tensor) -> None:
@@ -104,6 +114,14 @@ class OuterTerm:
         inputs = self.inputs[:, lane : lane + lanes].permute(1, 2, 0)  # [lanes, columns, k]
         influence.flatten(2).baddbmm_(inputs, cotangents.flatten(2).transpose(0, 1))
 
+    def immediate(self) -> Tensor:
+        _, batch, rows = self.cotangents.shape
+        cotangents = self.cotangents.part(0, batch, 0, rows).permute(1, 3, 2, 0)  # [B, S, rows, k]
+        if self.inputs is None:
+            return cotangents.sum(-1, keepdim=True)
+        found = torch.bmm(cotangents.flatten(1, 2), self.inputs.transpose(0, 1))
+        return found.unflatten(1, cotangents.shape[1:3])
+
     def add_gradient(self, gradient: Tensor) -> None:
         loss = self.cotangents.loss.flatten(0, 1)  # [k B, rows]
         if self.inputs is None:
@@ -118,12 +136,21 @@ class IndexTerm:
 
     cotangents: Cotangents  # [k, B, rows]
     ids: Tensor  # [k, B]
+    columns: int
 
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
         lanes, _, rows, _ = influence.shape
         cotangents = self.cotangents.part(lane, lanes, row, rows)
         for i in range(lanes):
             influence[i].index_add_(0, self.ids[:, lane + i], cotangents[:, i])
+
+    def immediate(self) -> Tensor:
+        _, batch, rows = self.cotangents.shape
+        cotangents = self.cotangents.part(0, batch, 0, rows).transpose(2, 3)  # [k, B, S, rows]
+        found = cotangents.new_zeros(batch, self.columns, *cotangents.shape[2:])
+        for lane in range(batch):
+            found[lane].index_add_(0, self.ids[:, lane], cotangents[:, lane])
+        return found.permute(0, 2, 3, 1)
 
     def add_gradient(self, gradient: Tensor) -> None:
         gradient.index_add_(0, self.ids.flatten(), self.cotangents.loss.flatten(0, 1))
@@ -139,6 +166,9 @@ class DenseTerm:
     def add_to(self, influence: Tensor, lane: int, row: int) -> None:
         lanes, _, rows, _ = influence.shape
         influence += self.jacobian[lane : lane + lanes, :, row : row + rows]
+
+    def immediate(self) -> Tensor:
+        return self.jacobian.permute(0, 3, 2, 1)
 
     def add_gradient(self, gradient: Tensor) -> None:
         gradient += self.gradient
@@ -165,12 +195,28 @@ class WindowLinearization:
         cotangent: dL/ds_start at fixed parameters, [B, S].
         terms: the contributions to each block's M.
         shapes: shape of every parameter by name.
+        ends: of a routed cell in which every lane left some slots alone, those that any lane wrote (and as many more
+            as make their number equal), [B, U]; J and M are then of these slots alone, [B, S, U d] and [B, U d, ..].
+            None for all.
+        sources: the slots that J reads or writes, [B, V]: all its other rows [b, j] are zero; None for all.
     """
 
     transition: Tensor
     cotangent: Tensor
     terms: dict[Block, list[Term]]
     shapes: dict[str, torch.Size]
+    ends: Tensor | None = None
+    sources: Tensor | None = None
+
+    def whole_transition(self, slot_size: int) -> Tensor:
+        """J transposed of all slots, [B, S, S]: the identity for those that are not among ``ends``."""
+        if self.ends is None:
+            return self.transition
+        batch, size, _ = self.transition.shape
+        whole = torch.eye(size, dtype=self.transition.dtype, device=self.transition.device).repeat(batch, 1, 1)
+        index = self.ends[:, None, :, None].expand(-1, size, -1, slot_size)
+        whole.unflatten(2, (-1, slot_size)).scatter_(2, index, self.transition.unflatten(2, (-1, slot_size)))
+        return whole
 
     def gradient(self) -> dict[str, Tensor]:
         """Gradient of the window's loss at a fixed start state, by parameter name, summed over lanes."""
@@ -180,7 +226,8 @@ class WindowLinearization:
         """M in full by parameter name, [B, S, *shape]. Large: for representations that want no factors, and tests."""
         result: dict[str, Tensor] = {}
         for block, terms in self.terms.items():
-            total = self.transition.new_zeros(len(self.transition), block.columns, block.rows, len(self.transition[0]))
+            lanes, _, size = self.transition.shape
+            total = self.transition.new_zeros(lanes, block.columns, block.rows, size)
             for term in terms:
                 term.add_to(total, 0, 0)
             result |= block.split(total.permute(0, 3, 1, 2), self.shapes)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from rtrl_moe_pl.linearization import Block, Term, WindowLinearization
-from rtrl_moe_pl.linearization.window import copy_flushed, unshared
-from rtrl_moe_pl.sensitivities.base import Sensitivity
+from rtrl_moe_pl.linearization import Block, WindowLinearization
+from rtrl_moe_pl.linearization.window import copy_flushed
+from rtrl_moe_pl.sensitivities.blockwise import BlockwiseSensitivity
 from rtrl_moe_pl.sensitivities.tiles import Tile, TiledMatrix
 
 # Bytes of P worked on at a time: what is read, what is written and the cotangents should stay near a core (measured at
@@ -19,7 +18,7 @@ CPU_TILE_BYTES = 1536 * 1024
 GPU_TILE_BYTES = 128 * 1024 * 1024
 
 
-class DenseSensitivity(Sensitivity):
+class DenseSensitivity(BlockwiseSensitivity):
     """P [B, S, |theta|], every entry kept.
 
     Kept in tiles ``[lanes, columns, rows, S]`` of blocks of parameters, the state last, so that ``J P`` is a product
@@ -33,21 +32,13 @@ class DenseSensitivity(Sensitivity):
     4(2):243-248 (windows).
     """
 
-    exact = True
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._matrix = self._empty(())
+    _matrix: TiledMatrix
 
     def vjp(self, cotangent: Tensor) -> dict[str, Tensor]:
         totals = self._totals()
         for tile, values in self._matrix.tiles():
             self._contract(tile, values, cotangent, totals)
         return self._split(totals)
-
-    def contract(self, cotangent: Tensor, terms: Mapping[Block, list[Term]]) -> dict[str, Tensor]:
-        self._cover(unshared(terms, self.shapes))
-        return super().contract(cotangent, terms)
 
     def advance(self, linearization: WindowLinearization) -> None:
         """Carry P over one window, P <- J P + M.
@@ -62,11 +53,7 @@ class DenseSensitivity(Sensitivity):
 
     def contract_and_advance(self, linearization: WindowLinearization) -> dict[str, Tensor]:
         transition, cotangent = linearization.transition, linearization.cotangent
-        if len(transition) != self.batch_size:
-            raise ValueError(
-                f"a window of {len(transition)} lanes cannot advance an influence matrix of {self.batch_size}: "
-                "the batch size must stay the same while influence is carried"
-            )
+        self._require_lanes(linearization)
         self._cover(linearization.terms)
         totals = self._totals()
         for tile, old, new in self._matrix.moves():
@@ -106,67 +93,3 @@ class DenseSensitivity(Sensitivity):
         tile_bytes = GPU_TILE_BYTES if self.device.type == "cuda" else CPU_TILE_BYTES
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return TiledMatrix(tuple(blocks), self.batch_size, self.state_size, tile_bytes, like)
-
-    def _cover(self, blocks: Iterable[Block]) -> None:
-        """Make room for blocks, taking along what their members already had elsewhere."""
-        known = self._matrix.blocks
-        new = [block for block in blocks if block not in known]
-        if not new:
-            return
-        names = {member.name for block in new for member in block.members}
-        kept = [block for block in known if not names & {m.name for m in block.members}]
-        held = self._held()
-        covered = names | {member.name for block in kept for member in block.members}
-        alone = [Block.alone(name, self.shapes[name]) for name in held if name not in covered]
-        self._fill([*kept, *alone, *new], held)
-
-    def _fill(self, blocks: Iterable[Block], held: dict[str, Tensor]) -> None:
-        """Begin anew with these blocks and the members' P [B, S, *shape] in ``held``; zero where it has none."""
-        self._matrix = self._empty(())
-        self._matrix = self._empty(blocks)
-        for block in self._matrix.blocks:
-            if any(member.name in held for member in block.members):
-                whole = self._matrix.read(block)
-                block.join(held, whole.permute(0, 3, 1, 2))
-                self._matrix.write(block, whole)
-
-    def _held(self) -> dict[str, Tensor]:
-        """P of what has been reached, [B, S, *shape] each; copies."""
-        held: dict[str, Tensor] = {}
-        for block in self._matrix.blocks:
-            held |= block.split(self._matrix.read(block).permute(0, 3, 1, 2), self.shapes)
-        return held
-
-    def to_dense(self) -> dict[str, Tensor]:
-        held = self._held()
-        for name, shape in self.shapes.items():
-            if name not in held:
-                size = (self.batch_size, self.state_size, *shape)
-                held[name] = torch.zeros(size, dtype=self.dtype, device=self.device)
-        return held
-
-    def norm(self) -> Tensor:
-        norms = [torch.linalg.vector_norm(values) for _, values in self._matrix.tiles()]
-        return torch.stack(norms).norm() if norms else torch.zeros((), dtype=self.dtype, device=self.device)
-
-    def zero_(self) -> None:
-        self._matrix.zero_()
-
-    @property
-    def nbytes(self) -> int:
-        return self._matrix.nbytes
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: p.contiguous() for name, p in self._held().items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for name, value in state.items():
-            expected = (self.batch_size, self.state_size, *self.shapes[name])
-            if tuple(value.shape) != expected:
-                raise ValueError(
-                    f"the saved influence of {name} has shape {tuple(value.shape)}, this run needs {expected}: "
-                    "resume with the batch size and the model it was saved with"
-                )
-        held = {name: value.to(self.device, self.dtype) for name, value in state.items()}
-        self._fill([Block.alone(name, self.shapes[name]) for name in held], held)

@@ -80,6 +80,10 @@ class TiledMatrix:
         """Of P; its memory is one tile larger."""
         return sum(self._numel(tile) for tile in self._tiles) * self._memory.itemsize
 
+    def norms(self) -> list[Tensor]:
+        """Of the tiles, 0-dim each."""
+        return [torch.linalg.vector_norm(values) for _, values in self.tiles()]
+
     def zero_(self) -> None:
         """Set P to zero."""
         self._memory.zero_()

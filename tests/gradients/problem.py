@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,16 +82,19 @@ def plain_autograd(problem: Problem) -> tuple[float, Tensor, dict[str, Tensor]]:
     cell, inputs = problem.cell, problem.inputs
     batch, steps = inputs.shape[:2]
     state = cell.initial_state(batch) if problem.state is None else problem.state
-    outputs = []
+    outputs, penalties = [], []
     for t in range(steps):
         if problem.starts is not None:
             keep = (~problem.starts[:, t, None]).to(state.dtype)
             state = keep * state + (1 - keep) * cell.initial_state(batch)
+        if hasattr(cell, "auxiliary"):
+            penalties.append(cell.auxiliary(inputs[:, t], state))
         state = cell(inputs[:, t], state)
         takes_input = getattr(problem.readout, "takes_input", False)
         outputs.append(problem.readout(state, inputs[:, t]) if takes_input else problem.readout(state))
     joined = torch.stack(outputs, 1)
     loss = weighted_squares(joined, problem.targets)
+    loss = loss + sum(penalty.sum() for penalty in penalties if penalty is not None)
     trained = {name: p for name, p in problem.names.items() if p.requires_grad}
     found = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
     grads = {name: torch.zeros_like(p) for name, p in problem.names.items()}
@@ -122,12 +126,12 @@ def assert_exact(problem: Problem, *algorithms: GradientAlgorithm, tolerance: fl
     RTRL is also run with P advanced after every window, and after every other one.
     """
     loss, outputs, truth = plain_autograd(problem)
-    chunked = [
-        RTRL(window=algorithm.window, chunk=count * algorithm.window)
-        for algorithm in algorithms
-        if isinstance(algorithm, RTRL) and algorithm.window and algorithm.chunk is None
-        for count in (1, 2)
-    ]
+    chunked = []
+    for algorithm in algorithms:
+        if isinstance(algorithm, RTRL) and algorithm.window and algorithm.chunk is None:
+            for count in (1, 2):
+                chunked.append(copy.copy(algorithm))
+                chunked[-1].chunk = count * algorithm.window
     for algorithm in (*algorithms, *chunked):
         result = problem.solve(algorithm)
         assert worst_error(result.grads, truth) <= tolerance, algorithm

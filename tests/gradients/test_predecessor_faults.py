@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rtrl_moe_pl.cells import GRU, LSTM, Stack
 from rtrl_moe_pl.gradients import BPTT, RTRL, audit_gradient
@@ -77,8 +77,7 @@ class Held(Mended):
 
 def algorithm_with(kind: type[DenseSensitivity], window: int) -> RTRL:
     class Faulty(RTRL):
-        @staticmethod
-        def _sensitivity(shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
+        def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
             return kind(shapes, state.shape[0], state.shape[1], state.dtype, state.device)
 
     return Faulty(window=window, chunk=window)

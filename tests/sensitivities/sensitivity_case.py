@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rtrl_moe_pl.linearization import Block, DenseTerm, IndexTerm, Member, OuterTerm, WindowLinearization
+from rtrl_moe_pl.linearization import (
+    Block,
+    DenseTerm,
+    ExpertTerm,
+    IndexTerm,
+    Member,
+    OuterTerm,
+    Uses,
+    WindowLinearization,
+)
 from rtrl_moe_pl.linearization.cotangents import StoredCotangents
 from rtrl_moe_pl.sensitivities import Sensitivity
 
@@ -25,9 +34,12 @@ SHAPES = {
     "table": torch.Size([6, 2]),
     "tensor": torch.Size([2, 2, 3]),
     "scalar": torch.Size([]),
+    "bank": torch.Size([3, 2, 2]),
+    "offset": torch.Size([3, 2]),
     "unused": torch.Size([4, 4]),
 }
 JOINT = Block(5, 6, (Member("weight", 0, 3), Member("other", 3, 2, transposed=True), Member("bias", 5, 1)))
+BANK = Block(2, 9, (Member("bank", 0, 2), Member("offset", 2, 1)), experts=3)
 TABLE = Block(2, 6, (Member("table", 0, 6, transposed=True),))
 
 Dense = dict[str, Tensor]  # [B, S, *shape] by parameter
@@ -51,9 +63,13 @@ def window(*names: str, joint: bool = True, batch: int = BATCH) -> WindowLineari
             for member in JOINT.members:
                 block = Block.alone(member.name, SHAPES[member.name])
                 terms[block] = [DenseTerm(random(batch, 1, block.rows, SIZE), random(1, block.rows))]
+        elif name == "bank":
+            uses = Uses(torch.randint(0, 3, (STEPS, batch)), 3)
+            inputs = torch.cat([random(STEPS, batch, 2), torch.ones(STEPS, batch, 1, dtype=torch.float64)], -1)
+            terms[BANK] = [ExpertTerm(cotangents(2, batch=batch), inputs, uses)]
         elif name == "table":
             ids = torch.randint(0, 6, (STEPS, batch))
-            terms[TABLE] = [IndexTerm(cotangents(2, batch=batch), ids)]
+            terms[TABLE] = [IndexTerm(cotangents(2, batch=batch), ids, 6)]
         else:
             block = Block.alone(name, SHAPES[name])
             terms[block] = [OuterTerm(cotangents(block.rows, batch=batch), None)]
@@ -62,7 +78,7 @@ def window(*names: str, joint: bool = True, batch: int = BATCH) -> WindowLineari
 
 
 def everything(joint: bool = True) -> WindowLinearization:
-    return window("joint", "table", "tensor", "scalar", joint=joint)
+    return window("joint", "table", "tensor", "scalar", "bank", joint=joint)
 
 
 def contract(dense: Dense, cotangent: Tensor) -> Dense:

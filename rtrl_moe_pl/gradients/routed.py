@@ -1,0 +1,140 @@
+"""Real-time recurrent learning for cells that read and write few of their slots, and use few of their experts."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rtrl_moe_pl.cells.routed import RoutedCell
+from rtrl_moe_pl.gradients.base import checked_window
+from rtrl_moe_pl.gradients.memory import Forecast, Memory, forecast_influence
+from rtrl_moe_pl.gradients.rtrl import RTRL
+from rtrl_moe_pl.linearization import Linearizer, RoutedLinearizer
+from rtrl_moe_pl.sensitivities import BlockSparseSensitivity, LazyExpertSensitivity, Sensitivity
+
+CHUNK_BYTES = 256 * 1024 * 1024  # of the derivatives that a chunk keeps
+# Multiply-adds of J P in the time of a step back for the loss, most of it overhead. With c steps a chunk and k a
+# window, a window costs (k / c) J P and c / 2 steps back: least at c^2 = 2 k J P / (a step back).
+STEP_BACK = 1_000_000
+
+
+class BlockRTRL(RTRL):
+    """RTRL of a cell whose state is slots: derivatives and influence in the rows and columns of the slots chosen.
+
+    P[written] <- J[written, read U written] P[read U written] + M, lane by lane; every other row of P stays as it is,
+    because the slot did. Over a chunk of steps the rows are those of all slots written in it.
+
+    Args:
+        window, chunk: see ``RTRL``; a chunk by default is as long as is about the cheapest, and as its derivatives
+            fit into 256 MiB.
+
+    Cost: with R, W slots of d numbers read and written, S = slots d in all and c = chunk, a step and lane, about
+        S W d (R + W) d for the way back, S' |theta| for M and S' S |theta| / c for J P, S' <= S the rows written in a
+        chunk (W d at c = 1); memory as ``RTRL``.
+    Exact: as ``RTRL``, for any ``RoutedCell``: one whose slots, if not written, stay exactly as they are.
+    Not recommended: where a chunk writes all slots anyway and experts are many: ``LazyExpertRTRL``.
+    """
+
+    def _init(self, cell: nn.Module, state: Tensor) -> Memory:
+        self._require_cell(cell)
+        return super()._init(cell, state)
+
+    def _require_cell(self, cell: nn.Module) -> None:
+        if not isinstance(cell, RoutedCell):
+            raise ValueError(
+                f"{type(self).__name__} needs a cell that chooses slots (a RoutedCell, such as RecurrentMoE), and "
+                f"{type(cell).__name__} is none: use RTRL(window={self.window})"
+            )
+
+    def chunk_for(self, cell: nn.Module, is_sparse: bool | None = True, batch_size: int = 1) -> int:
+        """Steps between two advances of P for this cell and batch."""
+        assert isinstance(cell, RoutedCell)
+        assert self.window is not None
+        advance = batch_size * cell.state_size**2 * sum(p.numel() for p in cell.parameters())
+        cheapest = math.isqrt(self.window * advance // STEP_BACK)
+        longest = CHUNK_BYTES // (4 * batch_size * _kept_numbers(cell))
+        return self.chunk or max(min(cheapest, longest), 8)
+
+    def _joined_window(self, cell: nn.Module, memory: Memory) -> int | None:
+        # a window's own overhead is as large as a few steps': within a batch nothing needs its gradient earlier
+        assert self.window is not None
+        return self.window * max(1, self.chunk_for(cell, batch_size=memory.batch_size) // self.window)
+
+    def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
+        assert isinstance(cell, RoutedCell)
+        chunk = min(self.chunk_for(cell, batch_size=batch_size), steps)
+        dense = forecast_influence(cell, batch_size, dtype.itemsize, chunk)
+        workspace = chunk * batch_size * dtype.itemsize * (_kept_numbers(cell) + _written(cell) * cell.state_size)
+        return Forecast(dense.influence_bytes, workspace, dense.operations_per_token)
+
+    def _linearizer(self, cell: nn.Module, parameters: dict[str, nn.Parameter]) -> Linearizer:
+        assert isinstance(cell, RoutedCell)
+        return RoutedLinearizer(cell, parameters)
+
+    def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
+        assert isinstance(cell, RoutedCell)
+        sizes = shapes, state.shape[0], state.shape[1], state.dtype, state.device
+        return BlockSparseSensitivity(*sizes, slot_size=cell.slot_size)
+
+
+class LazyExpertRTRL(BlockRTRL):
+    """``BlockRTRL`` in which the influence of an expert is left alone while the expert is idle.
+
+    What an idle expert contributes to a gradient is found by pulling the loss's cotangent, a vector, back through the
+    J's since then; its matrix catches up when it is used again, or before the oldest J is dropped. Every lane has its
+    own experts. An expert that a lane never used costs nothing.
+
+    Args:
+        window, chunk: see ``BlockRTRL``.
+        ring: chunks whose J is kept, at least 2; an expert idle for longer catches up.
+        catch_up: "tree": each expert when it must, by a product of the J's it missed (``CircularSegmentTree``).
+            "block": every expert after every chunk, by the one product that all have missed.
+
+    Cost: as ``BlockRTRL`` for the parameters that experts do not own; for theirs S |theta_e| a use for M, and
+        S^2 |theta_e| a chunk for each expert that was used in it, or that was idle for ``ring`` chunks.
+    Exact: as ``BlockRTRL``.
+    Not recommended: for cells with few experts, all of them in use: ``BlockRTRL``.
+    """
+
+    def __init__(
+        self, window: int, ring: int = 16, chunk: int | None = None, catch_up: Literal["tree", "block"] = "tree"
+    ) -> None:
+        super().__init__(window, chunk)
+        checked_window(ring, "ring")
+        if ring < 2:
+            raise ValueError(f"ring must be at least 2 chunks, got {ring}")
+        if catch_up not in ("tree", "block"):
+            raise ValueError(f"catch_up must be 'tree' or 'block', got {catch_up!r}")
+        self.ring, self.catch_up = ring, catch_up
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, ring={self.ring})"
+
+    def _require_cell(self, cell: nn.Module) -> None:
+        super()._require_cell(cell)
+        if not getattr(cell, "num_experts", 0):
+            raise ValueError(
+                f"{type(self).__name__} needs a cell with experts, and {type(cell).__name__} has none: "
+                f"use BlockRTRL(window={self.window})"
+            )
+
+    def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
+        assert isinstance(cell, RoutedCell)
+        sizes = shapes, state.shape[0], state.shape[1], state.dtype, state.device
+        ring = self.ring if self.catch_up == "tree" else 0
+        return LazyExpertSensitivity(*sizes, slot_size=cell.slot_size, ring=ring)
+
+
+def _written(cell: RoutedCell) -> int:
+    """W d."""
+    return cell.write_slots * cell.slot_size
+
+
+def _kept_numbers(cell: RoutedCell) -> int:
+    """About as many as a step's derivatives have: of what is written, by the slots and by the outputs of layers."""
+    own = sum(p.numel() for p in cell.parameters() if not cell.num_experts or len(p) != cell.num_experts)
+    chosen = (cell.read_slots + cell.write_slots + cell.active_experts) * cell.slot_size
+    return _written(cell) * (2 * own // cell.slot_size + chosen)

@@ -1,0 +1,267 @@
+"""Block and lazy RTRL of routed cells equal backpropagation through time under the same routing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rtrl_moe_pl.cells import GRU, RecurrentMoE, RoutedCell, Routing, Stack
+from rtrl_moe_pl.cells.experts import expert_linear
+from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, BlockRTRL, LazyExpertRTRL, sequence_gradient
+from rtrl_moe_pl.sensitivities import LazyExpertSensitivity
+from tests.gradients.problem import Problem, assert_exact, make_problem, plain_autograd, worst_error
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+RINGS = (2, 5, 64)
+
+
+@st.composite
+def cells(draw: Draw, width: int) -> RecurrentMoE:
+    slots, experts = draw(st.integers(1, 9)), draw(st.integers(1, 12))
+    cell = RecurrentMoE(
+        width,
+        slot_size=draw(st.integers(2, 4)),
+        num_slots=slots,
+        num_experts=experts,
+        read_slots=draw(st.integers(1, min(slots, 3))),
+        write_slots=draw(st.integers(1, min(slots, 3))),
+        active_experts=draw(st.integers(1, min(experts, 3))),
+        temperature=draw(st.sampled_from([1.0, 0.5])),
+        drift_penalty=draw(st.sampled_from([0.0, 0.0, 0.3])),
+        expert_penalty=draw(st.sampled_from([0.0, 0.0, 0.2])),
+        orthogonal=draw(st.booleans()),
+        learned_initial_state=draw(st.booleans()),
+    ).double()
+    with torch.no_grad():
+        for name, buffer in cell.named_buffers():
+            buffer.copy_(0.3 * torch.randn(buffer.shape, dtype=torch.float64))
+            assert name.endswith("bias")
+        if cell.initial is not None:
+            cell.initial.normal_()
+    return cell
+
+
+@st.composite
+def problems(draw: Draw) -> tuple[Problem, int]:
+    """A problem of a routed cell, and a window."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    batch, steps, width = draw(st.sampled_from([1, 3, 7])), draw(st.integers(1, 14)), draw(st.integers(1, 3))
+    cell = draw(cells(width))
+    starts = torch.rand(batch, steps) < 0.15 if draw(st.booleans()) else None
+    weights = (torch.rand(batch, steps) < draw(st.sampled_from([0.2, 1.0]))).double()
+    state = torch.randn(batch, cell.state_size, dtype=torch.float64) if draw(st.booleans()) else None
+    inputs = torch.randn(batch, steps, width, dtype=torch.float64)
+    window = draw(st.sampled_from([1, 2, 3, 5]))
+    return make_problem(cell, inputs=inputs, weights=weights, starts=starts, state=state), window
+
+
+def shortest(kind: type[BlockRTRL], window: int, **options: Any) -> Any:
+    """P is advanced after every window."""
+    return kind(window=window, chunk=window, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_block(case: tuple[Problem, int]) -> None:
+    problem, window = case
+    assert_exact(problem, BlockRTRL(window=window))
+
+
+@settings(max_examples=120, deadline=None)
+@given(problems(), st.sampled_from(RINGS), st.sampled_from(["tree", "block"]))
+def test_lazy(case: tuple[Problem, int], ring: int, catch_up: Any) -> None:
+    problem, window = case
+    assert_exact(problem, LazyExpertRTRL(window=window, ring=ring, catch_up=catch_up))
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems())
+def test_dense(case: tuple[Problem, int]) -> None:
+    problem, window = case
+    assert_exact(problem, RTRL(window=window), BPTT())
+
+
+@pytest.fixture
+def idle() -> Problem:
+    """Twelve experts of which one is used at a time: most are idle for longer than a small ring; starts in between."""
+    torch.manual_seed(0)
+    cell = RecurrentMoE(2, 2, num_slots=6, num_experts=12, write_slots=1, active_experts=1).double()
+    starts = torch.zeros(3, 40, dtype=torch.bool)
+    starts[1, [9, 23]] = True
+    return make_problem(cell, batch=3, steps=40, width=2, starts=starts)
+
+
+def ages(problem: Problem, algorithm: LazyExpertRTRL) -> list[int]:
+    """How far behind the pairs of lane and expert are, after each window."""
+    memory, found = algorithm.init(problem.cell, len(problem.inputs)), []
+    for t in range(problem.inputs.shape[1]):
+        targets = tuple(target[:, t : t + 1] for target in problem.targets)
+        algorithm.run(
+            problem.cell,
+            problem.readout,
+            problem.inputs[:, t : t + 1],
+            targets,
+            lambda outputs, targets: ((outputs - targets[0]) ** 2).sum(),
+            memory,
+            None if problem.starts is None else problem.starts[:, t : t + 1],
+        )
+        assert isinstance(memory.base, LazyExpertSensitivity)
+        found.append(max(pool.oldest(memory.base.windows) for pool in memory.base.pools.values()))
+    return found
+
+
+@pytest.mark.parametrize("ring", RINGS)
+def test_experts_idle_for_longer_than_the_ring(idle: Problem, ring: int) -> None:
+    algorithm = shortest(LazyExpertRTRL, 1, ring=ring)
+    assert_exact(idle, algorithm)
+    assert max(ages(idle, algorithm)) == min(ring, max(ages(idle, shortest(LazyExpertRTRL, 1, ring=64))))
+
+
+def test_a_block_leaves_no_expert_behind(idle: Problem) -> None:
+    assert max(ages(idle, shortest(LazyExpertRTRL, 1, catch_up="block"))) == 0
+
+
+def test_truncation_differs(idle: Problem) -> None:
+    _, _, truth = plain_autograd(idle)
+    assert worst_error(idle.solve(TBPTT(window=3)).grads, truth) > 1e-2
+
+
+def test_lanes_choose_for_themselves(idle: Problem) -> None:
+    """What the cases above rest on: read, written and experts differ from lane to lane."""
+    cell, state = idle.cell, idle.cell.initial_state(3)
+    differ = torch.zeros(3, dtype=torch.long)
+    for x in idle.inputs.unbind(1):
+        state, routing = cell.advance(x, state)
+        differ += torch.tensor([bool((index.sort(1)[0] != index.sort(1)[0][:1]).any()) for index in routing])
+    assert differ.min() > 10
+
+
+class Plain(RoutedCell):
+    """A routed cell of a user's: parameters met element-wise and by a norm with gain, one bank without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__(3, num_slots=5, slot_size=3, num_experts=4, read_slots=1, write_slots=2, active_experts=2)
+        self.embed = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(3)
+        self.gain = nn.Parameter(torch.randn(3))
+        self.bank = nn.Parameter(torch.randn(4, 3, 6))
+
+    def route(self, x: Tensor, s: Tensor) -> Routing:
+        scores = s.unflatten(1, (5, 3)) @ x.unsqueeze(-1) + torch.arange(5)[:, None] * x.sum(1)[:, None, None].sin()
+        order = scores.squeeze(-1).argsort(1)
+        return Routing(order[:, :1], order[:, -2:], order[:, :2] % 4)
+
+    def update(self, x: Tensor, read: Tensor, old: Tensor, routing: Routing) -> Tensor:
+        both = torch.cat([self.norm(read[:, 0] + self.embed(x)), x], -1)[:, None]
+        return torch.tanh(self.gain * old + expert_linear(both, self.bank, None, routing.experts))
+
+
+@pytest.mark.parametrize("kind", [BlockRTRL, LazyExpertRTRL])
+def test_a_users_own_cell(kind: type[BlockRTRL]) -> None:
+    torch.manual_seed(0)
+    problem = make_problem(Plain().double(), batch=3, steps=15)
+    with pytest.raises(AssertionError):
+        assert_exact(problem, TBPTT(window=2))
+    assert_exact(problem, kind(window=2), RTRL(window=2))
+
+
+class Disobedient(Plain):
+    """Changes a slot that it does not say it writes."""
+
+    def advance(self, x: Tensor, s: Tensor) -> tuple[Tensor, Routing]:
+        new, routing = super().advance(x, s)
+        return 0.6 * s + 0.4 * new, routing
+
+
+class Squared(Plain):
+    """Meets a bank in a form without a rule."""
+
+    def update(self, x: Tensor, read: Tensor, old: Tensor, routing: Routing) -> Tensor:
+        return super().update(x, read, old, routing) + 0.1 * torch.tanh(self.bank.square().sum((0, 2)))
+
+
+@pytest.mark.parametrize(("cell", "reason"), [(Disobedient(), "other states"), (Squared(), "form without a rule")])
+def test_what_cannot_be_right_is_refused(cell: RoutedCell, reason: str) -> None:
+    problem = make_problem(cell.double(), batch=2, steps=6)
+    with pytest.raises(ValueError, match=rf"cannot be trained by its rows: .*{reason}.*; use RTRL\(window=\.\.\)"):
+        problem.solve(BlockRTRL(window=2))
+    if isinstance(cell, Squared):
+        assert_exact(problem, RTRL(window=2))
+
+
+def test_frozen_parameters_keep_none() -> None:
+    torch.manual_seed(0)
+    cell = RecurrentMoE(3, 3, 4, 5).double()
+    for parameter in (cell.expert_weight, cell.address, cell.write_norm.bias):
+        parameter.requires_grad_(False)
+    assert_exact(make_problem(cell, batch=2, steps=9), BlockRTRL(window=2), LazyExpertRTRL(window=2, ring=2))
+
+
+@pytest.mark.parametrize("kind", [BlockRTRL, LazyExpertRTRL])
+@pytest.mark.parametrize("chunk", [2, 6])
+def test_a_saved_memory_goes_on_bit_for_bit(idle: Problem, kind: type[BlockRTRL], chunk: int) -> None:
+    algorithm = kind(window=2, chunk=chunk)
+    data = idle.cell, idle.readout
+
+    def part(memory: Any, begin: int, end: int) -> Any:
+        targets = tuple(target[:, begin:end] for target in idle.targets)
+        assert idle.starts is not None
+        return algorithm.run(
+            *data,
+            idle.inputs[:, begin:end],
+            targets,
+            lambda o, t: ((o - t[0]) ** 2).sum(),
+            memory,
+            idle.starts[:, begin:end],
+        )
+
+    memory, again = algorithm.init(idle.cell, 3), algorithm.init(idle.cell, 3)
+    part(memory, 0, 22)
+    again.load_state_dict(memory.state_dict())
+    for begin in (22, 30):
+        one, other = part(memory, begin, begin + 8), part(again, begin, begin + 8)
+        for name in one.grads:
+            assert torch.equal(one.grads[name], other.grads[name]), name
+    assert float(memory.base.norm()) > 0
+
+
+@pytest.mark.parametrize("kind", [BlockRTRL, LazyExpertRTRL])
+def test_float32(kind: type[BlockRTRL]) -> None:
+    torch.manual_seed(0)
+    cell, readout = RecurrentMoE(3, 8, 4, 6), nn.Linear(32, 2)
+    x, y = torch.randn(3, 60, 3), torch.randn(3, 60, 2)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return ((outputs - targets) ** 2).sum()
+
+    found = sequence_gradient(kind(window=4, chunk=8), cell, readout, x, y, loss)
+    truth = sequence_gradient(BPTT(), cell, readout, x, y, loss)
+    for name, gradient in truth.grads.items():
+        assert (found.grads[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_bad_input() -> None:
+    moe, gru = RecurrentMoE(2, 3, 4, 4), GRU(2, 3)
+    with pytest.raises(
+        ValueError, match=r"BlockRTRL needs a cell that chooses slots .* GRU is none: use RTRL\(window=4\)"
+    ):
+        BlockRTRL(window=4).init(gru, 1)
+    with pytest.raises(ValueError, match=r"Stack is none: use RTRL\(window=4\)"):
+        LazyExpertRTRL(window=4).init(Stack([moe]), 1)
+
+    cell = Plain()
+    cell.num_experts = 0
+    with pytest.raises(ValueError, match=r"needs a cell with experts, and Plain has none: use BlockRTRL\(window=4\)"):
+        LazyExpertRTRL(window=4).init(cell, 1)
+    with pytest.raises(ValueError, match="ring must be at least 2 chunks, got 1"):
+        LazyExpertRTRL(window=4, ring=1)
+    with pytest.raises(ValueError, match="catch_up must be 'tree' or 'block', got 'never'"):
+        LazyExpertRTRL(window=4, catch_up="never")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="window"):
+        BlockRTRL(window=0)

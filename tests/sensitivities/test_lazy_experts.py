@@ -1,0 +1,111 @@
+"""The influence of experts, left behind and caught up with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rtrl_moe_pl.linearization import WindowLinearization
+from rtrl_moe_pl.sensitivities import LazyExpertSensitivity
+from tests.sensitivities.sensitivity_case import (
+    BATCH,
+    SHAPES,
+    SIZE,
+    Dense,
+    SensitivityCase,
+    advanced,
+    assert_same,
+    everything,
+    window,
+)
+
+
+class LazyCase(SensitivityCase):
+    ring = 2
+
+    def make(self, batch_size: int = BATCH) -> LazyExpertSensitivity:
+        return LazyExpertSensitivity(
+            SHAPES, batch_size, SIZE, torch.float64, torch.device("cpu"), slot_size=2, ring=self.ring
+        )
+
+    def truth(self, dense: Dense, linearization: WindowLinearization) -> Dense:
+        return advanced(dense, linearization)
+
+    def test_norm_and_bytes(self, sensitivity: LazyExpertSensitivity) -> None:  # type: ignore[override]
+        expected = torch.cat([p.flatten() for p in sensitivity.to_dense().values()]).norm()
+        assert float(sensitivity.norm()) == pytest.approx(float(expected), rel=1e-12)
+        for _ in range(6):
+            sensitivity.advance(everything())
+        held = sensitivity.nbytes
+        for _ in range(6):
+            sensitivity.advance(everything())
+        assert sensitivity.nbytes == held  # bounded: nothing grows with time
+
+    def test_copies_are_copies(self, sensitivity: LazyExpertSensitivity) -> None:  # type: ignore[override]
+        before = sensitivity.to_dense()
+        for p in sensitivity.to_dense().values():
+            p.fill_(7.0)
+        saved = sensitivity.state_dict()
+        for pool in saved["pools"]:
+            pool["values"].fill_(7.0)
+        assert_same(sensitivity.to_dense(), before, exactly=True)
+
+    def test_many_windows(self) -> None:
+        made = self.make()
+        dense = made.to_dense()
+        for number in range(30):
+            linearization = window("bank", "joint") if number % 5 == 0 else window("joint", "table")
+            if number % 7 == 3:
+                linearization.transition[1] = 0.0  # a start in one lane
+            dense = self.truth(dense, linearization)
+            made.advance(linearization)
+            if number % 4 == 0:
+                cotangent = linearization.cotangent
+                found, expected = made.vjp(cotangent)["bank"], torch.einsum("bs,bs...->...", cotangent, dense["bank"])
+                torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        assert_same(made.to_dense(), dense)
+
+    def test_another_cell_is_refused(self, sensitivity: LazyExpertSensitivity) -> None:
+        other = self.make()
+        other.shapes = {name: shape for name, shape in SHAPES.items() if name != "bank"}
+        with pytest.raises(ValueError, match="covers 'bank', which this cell does not have"):
+            other.load_state_dict(sensitivity.state_dict())
+        with pytest.raises(ValueError, match="resume with the"):
+            self.make(1).load_state_dict(sensitivity.state_dict())
+
+
+class TestRingOfTwo(LazyCase):
+    pass
+
+
+class TestRingOfFive(LazyCase):
+    ring = 5
+
+
+class TestEveryWindow(LazyCase):
+    ring = 0
+
+
+def test_what_was_never_used_costs_nothing() -> None:
+    made = TestRingOfTwo().make()
+    linearization = window("bank")
+    made.advance(linearization)
+    (pool,) = made.pools.values()
+    (term,) = next(iter(linearization.terms.values()))
+    assert pool.used == len(term.uses.pairs) < BATCH * 3  # type: ignore[attr-defined]
+    assert pool.nbytes == pool.used * SIZE * 6 * 8
+    whole = window()
+    whole.transition[:] = 0.0
+    made.advance(whole)
+    assert not len(pool.live())  # every lane has started
+
+
+def test_idle_pairs_are_left_behind_and_no_further_than_the_ring() -> None:
+    made = TestRingOfFive().make()
+    made.advance(window("bank"))
+    (pool,) = made.pools.values()
+    seen = []
+    for _ in range(12):
+        made.advance(window("joint"))
+        seen.append(pool.oldest(made.windows))
+    assert seen == [1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0]
