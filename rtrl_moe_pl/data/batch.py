@@ -14,6 +14,7 @@ class Batch(NamedTuple):
     inputs: Tensor  # [B, T] int64 token ids, or [B, T, V] one-hot
     targets: tuple[Tensor, Tensor]  # labels [B, T] int64, weights [B, T] floating
     starts: Tensor  # [B, T] bool, True at the first step of each sequence
+    sequences: Tensor | None = None  # [B] int64, which sequence each lane holds, -1 for none; None in a stream
 
     def one_hot(self, size: int) -> Batch:
         """The same batch with one-hot inputs [B, T, size], in the dtype of the weights."""

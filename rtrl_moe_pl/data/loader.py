@@ -16,6 +16,7 @@ class Request(NamedTuple):
 
     split: str  # which of the data module's streams
     cursor: Cursor
+    columns: int | None = None  # of whole sequences: how many, from the cursor on; None: all
 
 
 class StreamLoader:
@@ -48,6 +49,12 @@ class StreamLoader:
             self.yielded += 1
             yield Request(self.split, cursor)
 
+    def switch(self, stream: Stream) -> None:
+        """Go over to another stream, at its first batch."""
+        self.stream = stream
+        self.yielded = 0
+        self._next = stream.first()
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream, the same on every rank, and the stream's identity."""
         return {"yielded": self.yielded, "stream": self.stream.identity}
@@ -74,26 +81,36 @@ class ValidationLoader:
     """The same ``size`` whole sequences in every iteration, shared out between the ranks.
 
     Every rank yields the same number of batches; where the sequences run out, a batch has fewer rows, or a single row
-    of index -1, which weighs nothing.
+    of index -1, which weighs nothing. With a window, the lanes of a batch go on from one window to the next until the
+    longest possible sequence has ended, and only then the next sequences begin, in every lane.
 
     Args:
         split: the name that goes with each cursor.
         stream: where the batches come from; of whole sequences.
         size: number of sequences, over all ranks.
+        window: columns delivered at a time; None: whole sequences.
     """
 
-    def __init__(self, split: str, stream: Stream, size: int) -> None:
+    def __init__(self, split: str, stream: Stream, size: int, window: int | None = None) -> None:
         self.split = split
         self.stream = stream
         self.size = size
+        longest = stream.task.max_length
+        self._begins = range(0, longest, longest if window is None else window)
 
     def __len__(self) -> int:
+        return self._batches * len(self._begins)
+
+    @property
+    def _batches(self) -> int:
         return -(-self.size // self.stream.lanes)
 
     def __iter__(self) -> Iterator[Request]:
-        for batch in range(len(self)):
+        for batch in range(self._batches):
             index = self.stream.advance(self.stream.first(), batch).index
             index = index[index < self.size]
             if not len(index):
                 index = torch.tensor([-1])
-            yield Request(self.split, Cursor(index, torch.zeros_like(index)))
+            for begin in self._begins:
+                columns = min(self._begins.step, self.stream.task.max_length - begin)
+                yield Request(self.split, Cursor(index, torch.full_like(index, begin)), columns)

@@ -24,7 +24,7 @@ class SequenceDataModule(LightningDataModule):
 
     Everything is a pure function of the options: a run resumed from a checkpoint sees the batches an unbroken run
     would have seen, each rank draws its own sequences, and validation and test data never change. Validation, test
-    and prediction always come as whole sequences.
+    and prediction come as whole sequences, one per lane, at once or (``validation_window``) piece by piece.
 
     Args:
         task: what the sequences are.
@@ -37,6 +37,10 @@ class SequenceDataModule(LightningDataModule):
         validation_size: sequences per validation or test set, over all processes.
         validation_batch_size: sequences per validation batch and process.
         validation_scales: sequence lengths to validate at, as multiples of the trained lengths.
+        validation_window: None: a validation, test or prediction batch is whole sequences. Else as many columns of
+            them at a time, so that memory does not grow with their length: a lane starts at column 0 of its
+            sequence's first window only. The Trainer's limits (limit_val_batches, num_sanity_val_steps,
+            fast_dev_run) count windows then: they may cut sequences off before they are asked anything.
         encoding: "one_hot": inputs [B, T, input_size]. "ids": inputs [B, T] int64, for an embedding.
 
     Attributes:
@@ -59,6 +63,7 @@ class SequenceDataModule(LightningDataModule):
         validation_size: int = 1024,
         validation_batch_size: int = 256,
         validation_scales: Sequence[int] = (1, 2, 4),
+        validation_window: int | None = None,
         encoding: Literal["one_hot", "ids"] = "one_hot",
     ) -> None:
         super().__init__()
@@ -72,16 +77,31 @@ class SequenceDataModule(LightningDataModule):
         self.validation_batch_size = at_least(1, "validation_batch_size", validation_batch_size)
         if not validation_scales:
             raise ValueError("validation_scales needs at least one factor, got none: [1] is the trained lengths")
-        self.validation_tasks = {_scale_name(scale): task.scale(scale) for scale in validation_scales}
+        self._scales = {_scale_name(scale): scale for scale in validation_scales}
+        for scale in validation_scales:
+            task.scale(scale)  # refused now or never
+        self.validation_window = (
+            None if validation_window is None else at_least(1, "validation_window", validation_window)
+        )
         self.encoding = one_of(("one_hot", "ids"), "encoding", encoding)
         self.input_size = task.vocabulary_size
         self.output_size = task.num_classes
-        self.validation_names = list(self.validation_tasks)
+        self.validation_names = list(self._scales)
         self._streams: dict[str, Stream] = {}  # of the loaders handed out, by split
         self._train_loader: StreamLoader | None = None
         self._restored: dict[str, Any] | None = None  # a loader's state, until there is a loader
 
     # ---- loaders
+
+    @property
+    def training_task(self) -> Task:
+        """What is trained and validated; test and prediction are of ``task``."""
+        return self.task
+
+    @property
+    def training_seed(self) -> int:
+        """That of the training stream."""
+        return self.seed
 
     def setup(self, stage: str) -> None:
         """Every fit starts the training stream at its first batch, unless a checkpoint is loaded after this."""
@@ -91,9 +111,7 @@ class SequenceDataModule(LightningDataModule):
     def train_dataloader(self) -> StreamLoader:
         """The training batches. Within one fit this is one loader: reloading it goes on with the stream."""
         if self._train_loader is None or self.trainer is None:
-            steps = self.steps_per_batch if self.layout == "stream" else None
-            stream = self._stream("train", self.task, self.seed, self.batch_size, steps)
-            self._train_loader = StreamLoader("train", stream, self.batches_per_epoch)
+            self._train_loader = StreamLoader("train", self._training_stream(), self.batches_per_epoch)
             if self._restored is not None:
                 self._train_loader.load_state_dict(self._restored)
                 self._restored = None
@@ -101,21 +119,30 @@ class SequenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[ValidationLoader]:
         """One loader per entry of `validation_names`."""
-        return [self._fixed("validation", _VALIDATION, name) for name in self.validation_names]
+        return [self._fixed("validation", name) for name in self.validation_names]
 
     def test_dataloader(self) -> list[ValidationLoader]:
         """As for validation, of sequences drawn apart from those."""
-        return [self._fixed("test", _TEST, name) for name in self.validation_names]
+        return [self._fixed("test", name) for name in self.validation_names]
 
     def predict_dataloader(self) -> ValidationLoader:
         """The first of the test sets."""
-        return self._fixed("test", _TEST, self.validation_names[0])
+        return self._fixed("test", self.validation_names[0])
 
-    def _fixed(self, split: str, purpose: int, name: str) -> ValidationLoader:
+    def evaluation_stream(self, split: str, loader: int) -> Stream:
+        """What a loader that was handed out draws from: the number ``loader`` of split "validation" or "test"."""
+        return self._streams[_split_name(split, self.validation_names[loader])]
+
+    def _fixed(self, split: str, name: str) -> ValidationLoader:
+        purpose, task = (_VALIDATION, self.training_task) if split == "validation" else (_TEST, self.task)
         seed = int(bits(self.seed, purpose, self.validation_names.index(name)))
-        split = f"{split} {name}".rstrip()
-        stream = self._stream(split, self.validation_tasks[name], seed, self.validation_batch_size, None)
-        return ValidationLoader(split, stream, self.validation_size)
+        split = _split_name(split, name)
+        stream = self._stream(split, task.scale(self._scales[name]), seed, self.validation_batch_size, None)
+        return ValidationLoader(split, stream, self.validation_size, self.validation_window)
+
+    def _training_stream(self) -> Stream:
+        steps = self.steps_per_batch if self.layout == "stream" else None
+        return self._stream("train", self.training_task, self.training_seed, self.batch_size, steps)
 
     def _stream(self, split: str, task: Task, seed: int, batch_size: int, steps: int | None) -> Stream:
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -130,7 +157,7 @@ class SequenceDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.lightning_module is not None:
             dtype = self.trainer.lightning_module.dtype
         assert isinstance(dtype, torch.dtype)
-        made = self._streams[batch.split].batch(batch.cursor).to_dtype(dtype)
+        made = self._streams[batch.split].batch(batch.cursor, batch.columns).to_dtype(dtype)
         return made.one_hot(self.input_size) if self.encoding == "one_hot" else made
 
     # ---- checkpoints
@@ -145,6 +172,10 @@ class SequenceDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict.get("train")
+
+
+def _split_name(split: str, name: str) -> str:
+    return f"{split} {name}".rstrip()
 
 
 def _scale_name(scale: int) -> str:

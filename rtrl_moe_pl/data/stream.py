@@ -114,14 +114,16 @@ class Stream:
             left -= steps
         return cursor
 
-    def batch(self, cursor: Cursor) -> Batch:
+    def batch(self, cursor: Cursor, columns: int | None = None) -> Batch:
         """The batch at a cursor, of token ids, on the cursor's device.
 
-        With whole sequences, a negative index gives a row of weight 0.
+        With whole sequences, a negative index gives a row of weight 0, and ``columns`` is how many are wanted, from
+        the cursor's offset on: behind a sequence's end they weigh nothing, and nothing follows it.
         """
         if self.steps is not None:
             return window(self.task, self.seed, cursor, self.steps, self.lanes)[0]
-        tokens, labels, weights, _ = self.task.sample(self.seed, cursor.index)
-        starts = torch.zeros_like(tokens, dtype=torch.bool)
-        starts[:, 0] = True
-        return Batch(tokens, (labels, weights * (cursor.index >= 0)[:, None]), starts)
+        columns = self.task.max_length if columns is None else columns
+        position = cursor.offset[:, None] + torch.arange(columns, device=cursor.index.device)
+        tokens, labels, weights, _ = self.task.sample(self.seed, cursor.index, position)
+        weights = weights * (cursor.index >= 0)[:, None]
+        return Batch(tokens, (labels, weights), position == 0, cursor.index)

@@ -98,7 +98,11 @@ class ManualModule(LightningModule):
     # ---- the update
 
     def update_parameters(
-        self, grads: Mapping[str, Tensor], weight: Tensor, diagnose: Callable[[], str | None]
+        self,
+        grads: Mapping[str, Tensor],
+        weight: Tensor,
+        diagnose: Callable[[], str | None],
+        counts: Tensor | None = None,
     ) -> UpdateResult | None:
         """Add a batch's gradients; every ``update_every`` batches, update the parameters.
 
@@ -106,13 +110,14 @@ class ManualModule(LightningModule):
             grads: gradients of the summed loss, by parameter name.
             weight: sum of the loss weights, 0-dim; NaN or infinite if anything else of the batch is.
             diagnose: says what went bad first in this batch, if anything did.
+            counts: [n], to be summed over batches and ranks as well.
 
         Returns:
             what the update did; None between updates.
         Raises:
             NumericalFailure: naming the first tensor that went bad; on every rank at its next update.
         """
-        self._sums.add(grads, weight)
+        self._sums.add(grads, weight, counts)
         if self._sums.batches < self.update_every:
             if self._diagnosis is None and not math.isfinite(float(weight)):
                 self._diagnosis = diagnose() or "the loss weight is not finite"

@@ -13,8 +13,17 @@ WINDOW = 256  # steps whose states are kept at a time: memory does not grow with
 @torch.no_grad()
 def evaluate(cell: nn.Module, readout: nn.Module, inputs: Tensor, starts: Tensor | None = None) -> Tensor:
     """Outputs [B, T, O] for inputs [B, T, ..], begun at the initial state, and anew where ``starts`` [B, T] is true."""
-    initial = cell.initial_state(inputs.shape[0])  # type: ignore[operator]
-    state, outputs = initial, []
+    return go_on(cell, readout, inputs, starts, None)[0]
+
+
+@torch.no_grad()
+def go_on(
+    cell: nn.Module, readout: nn.Module, inputs: Tensor, starts: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T, O], begun at a state [B, S] (None: the initial one), and the state after the last step."""
+    initial: Tensor = cell.initial_state(inputs.shape[0])  # type: ignore[operator]
+    state = initial if state is None else state
+    outputs = []
     for begin in range(0, inputs.shape[1], WINDOW):
         window = inputs[:, begin : begin + WINDOW]
         window_starts = None if starts is None else starts[:, begin : begin + WINDOW]
@@ -22,4 +31,4 @@ def evaluate(cell: nn.Module, readout: nn.Module, inputs: Tensor, starts: Tensor
         _, states = unroll(cell, window.unbind(1), state, initial, window_starts, starting)
         outputs.append(read_out(readout, torch.stack(states), window))
         state = states[-1]
-    return torch.cat(outputs, 1)
+    return torch.cat(outputs, 1), state

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from rtrl_moe_pl.cells import Routing
 from rtrl_moe_pl.gradients import WindowResult
+from rtrl_moe_pl.modules.usage import usage_figures
 
 
 def correct(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -26,6 +30,7 @@ class TrainingFigures:
         self._correct: Tensor | float = 0.0
         self._weight: Tensor | float = 0.0
         self._tokens = 0
+        self._used: Routing | None = None
         self._began = time.perf_counter()
 
     def pause(self) -> None:
@@ -42,13 +47,19 @@ class TrainingFigures:
         self._weight = self._weight + weight
         self._tokens += labels.numel()
 
-    def read(self) -> dict[str, float]:
+    def add_usage(self, used: Routing) -> None:
+        """What a routed cell chose: counts [S], [S] and [E]."""
+        self._used = used if self._used is None else Routing(*map(torch.add, self._used, used))
+
+    def read(self) -> dict[str, Any]:
         """Figures by tag; loss and accuracy, means per weight, are missing if there was no weight."""
-        figures = {"train/tokens_per_second": self._tokens / (time.perf_counter() - self._began)}
+        figures: dict[str, Any] = {"train/tokens_per_second": self._tokens / (time.perf_counter() - self._began)}
         weight = float(self._weight)
         if weight > 0:
             figures["train/loss"] = float(self._loss) / weight
             figures["train/accuracy"] = float(self._correct) / weight
+        if self._used is not None:
+            figures |= usage_figures(self._used)
         self.clear()
         return figures
 

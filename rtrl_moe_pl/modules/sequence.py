@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from rtrl_moe_pl.cells import Cell
+from rtrl_moe_pl.cells import Cell, RoutedCell, Routing
 from rtrl_moe_pl.data import Batch
 from rtrl_moe_pl.gradients import GradientAlgorithm, Memory
 from rtrl_moe_pl.modules.base import ManualModule
-from rtrl_moe_pl.modules.evaluation import evaluate
+from rtrl_moe_pl.modules.evaluation import evaluate, go_on
 from rtrl_moe_pl.modules.figures import EvaluationFigures, TrainingFigures, correct
 from rtrl_moe_pl.modules.losses import WeightedCrossEntropy
 from rtrl_moe_pl.training.failure import first_bad
@@ -26,6 +26,8 @@ class SequenceModule(ManualModule):
     influence are carried from batch to batch and reset where ``starts`` says so. A batch in which every lane starts
     at column 0 needs no carry, so it may have any size; in a stream, where lanes go on, the size is fixed. With an
     update after every batch of a stream the carried influence belongs to slightly older parameters (online updates).
+    Evaluation carries a state of its own from batch to batch of a loader, by the same rule, and leaves that of
+    training alone.
 
     Figures are logged every ``trainer.log_every_n_steps`` batches: loss and accuracy per weight and tokens per second
     over the batches since the last time; gradient norm before clipping, state norm (mean over lanes) and norm of the
@@ -63,6 +65,7 @@ class SequenceModule(ManualModule):
         self.loss = WeightedCrossEntropy() if loss is None else loss
         self.evaluations = nn.ModuleList()  # one per evaluation loader
         self._evaluation_names: list[str] = []
+        self._evaluated: tuple[int, Tensor] | None = None  # loader and state where its last batch ended
         self._memory: Memory | None = None  # not a buffer: other processes carry other lanes
         self._restored: dict[str, Any] | None = None
         self._figures = TrainingFigures()
@@ -98,9 +101,17 @@ class SequenceModule(ManualModule):
             tensors["influence norm"] = result.memory.base.norm()
             return first_bad([*tensors.items(), *((f"gradient of {name}", g) for name, g in result.grads.items())])
 
+        used, result.memory.used = result.memory.used, None
+        counts = None if used is None else torch.cat(used)
         # 0 * infinity is NaN: what is bad in this batch reaches the update, and so every rank, through the weight.
-        update = self.update_parameters(result.grads, weight + 0 * (result.loss + state_norm), diagnose)
+        update = self.update_parameters(result.grads, weight + 0 * (result.loss + state_norm), diagnose, counts)
         self._figures.add(result, targets, weight)
+        if update is not None and update.counts is not None:
+            assert isinstance(self.cell, RoutedCell)
+            slots, experts = self.cell.num_slots, self.cell.num_experts
+            used = Routing(*update.counts.split([slots, slots, experts]))
+            self.cell.balance(used)
+            self._figures.add_usage(used)
         if self._logs_now():
             # Lightning takes 0.3 ms for a figure, and the influence norm reads all of P: not after every batch.
             figures: dict[str, Any] = self._figures.read()
@@ -144,6 +155,7 @@ class SequenceModule(ManualModule):
     # ---- evaluation
 
     def _start_evaluation(self) -> None:
+        self._evaluated = None
         trainer: Any = self.trainer
         loaders = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
         unnamed = ["", *map(str, range(1, len(loaders)))]
@@ -160,14 +172,23 @@ class SequenceModule(ManualModule):
     def on_test_start(self) -> None:
         self._start_evaluation()
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate("val", batch, dataloader_idx)
+    def on_predict_start(self) -> None:
+        self._evaluated = None
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate("test", batch, dataloader_idx)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Outputs [B, T, O], for callbacks."""
+        return self._evaluate("val", batch, dataloader_idx)
 
-    def _evaluate(self, stage: str, batch: Batch, loader: int) -> None:
-        outputs = self(batch.inputs, batch.starts)
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Outputs [B, T, O], for callbacks."""
+        return self._evaluate("test", batch, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Outputs [B, T, O]."""
+        return self._outputs(batch, dataloader_idx)
+
+    def _evaluate(self, stage: str, batch: Batch, loader: int) -> Tensor:
+        outputs = self._outputs(batch, loader)
         labels, weights = batch.targets
         weight = weights.sum()
         name = self._evaluation_names[loader]
@@ -185,10 +206,23 @@ class SequenceModule(ManualModule):
                 add_dataloader_idx=False,
                 metric_attribute=f"evaluations.{loader}.{figure}",
             )
+        return outputs
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Outputs [B, T, O]."""
-        return self(batch.inputs, batch.starts)
+    def _outputs(self, batch: Batch, loader: int) -> Tensor:
+        """Outputs of an evaluation batch, begun where the loader's last one ended unless every lane starts anew."""
+        inputs, starts, state = batch.inputs, batch.starts, None
+        whole = starts is None or bool(starts[:, 0].all())
+        if not whole and self._evaluated is not None and self._evaluated[0] == loader:
+            state = self._evaluated[1]
+            if len(state) != len(inputs):
+                raise ValueError(
+                    f"the evaluation batch has {len(inputs)} lanes, but {len(state)} go on from the last one: keep the "
+                    "batch size, or start all lanes anew"
+                )
+        with torch.autocast(inputs.device.type, enabled=False):
+            outputs, state = go_on(self.cell, self.readout, inputs, starts, state)
+        self._evaluated = loader, state
+        return outputs
 
     def forward(self, inputs: Tensor, starts: Tensor | None = None) -> Tensor:
         """Outputs [B, T, O] for inputs [B, T, ..] without gradients; the training carry is left alone."""

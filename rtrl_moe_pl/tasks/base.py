@@ -18,7 +18,7 @@ class Steps(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Whole sequences, right-padded with their last token at weight 0."""
+    """Whole sequences or parts of them, right-padded with their last token at weight 0."""
 
     tokens: Tensor  # [N, L] int64
     labels: Tensor  # [N, L] int64
@@ -69,19 +69,21 @@ class Task(ABC):
         ``scale(1)`` is the task itself.
         """
 
-    def sample(self, seed: int, index: Tensor) -> Sequences:
-        """Whole sequences.
+    def sample(self, seed: int, index: Tensor, position: Tensor | None = None) -> Sequences:
+        """Whole sequences, or a part of each.
 
         Args:
             seed: any integer.
             index: [N] int64, which sequences.
+            position: [N, L] int64, which steps, from 0 on; None: all, L = max_length.
 
         Returns:
-            Sequences of width L = max_length, on the device of ``index``.
+            Sequences of width L, on the device of ``index``.
         Cost: time and memory N L.
         """
         lengths = self.lengths(seed, index)[:, None]  # [N, 1]
-        position = torch.arange(self.max_length, device=index.device).expand(len(index), -1)  # [N, L]
+        if position is None:
+            position = torch.arange(self.max_length, device=index.device).expand(len(index), -1)
         inside = position < lengths
         steps = self.at(seed, index[:, None], torch.minimum(position, lengths - 1))
         return Sequences(steps.tokens, steps.labels * inside, steps.weights * inside, lengths[:, 0])

@@ -23,7 +23,8 @@ class LastCheckpoint(ModelCheckpoint):
 class PredictionWriter(Callback):
     """Writes ``predictions.csv`` of the steps that have a weight, one file per process, into a new folder of the logs.
 
-    Columns: batch, lane, step, label, prediction (the class of the largest output).
+    Columns: batch, lane, step, label, prediction (the class of the largest output). A batch is of whole sequences:
+    where they come in windows, its windows count as one, and steps are counted through them.
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -32,6 +33,7 @@ class PredictionWriter(Callback):
         suffix = "" if trainer.world_size == 1 else f"_rank{trainer.global_rank}"
         self.path = folder / f"predictions{suffix}.csv"
         self._file = self.path.open("x", newline="")  # never over another file
+        self._batch, self._steps = -1, 0  # the batch of sequences, and its steps before this window
         self._rows = csv.writer(self._file)
         self._rows.writerow(["batch", "lane", "step", "label", "prediction"])
 
@@ -45,11 +47,14 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         labels, weights = batch.targets
+        if bool(batch.starts[:, 0].all()):
+            self._batch, self._steps = self._batch + 1, 0
         predicted = outputs.argmax(-1)
         where = weights.nonzero()  # [N, 2]
         lanes, steps = where.unbind(1)
-        columns = (lanes, steps, labels[lanes, steps], predicted[lanes, steps])
-        self._rows.writerows([batch_idx, *row] for row in zip(*(column.tolist() for column in columns), strict=True))
+        columns = (lanes, self._steps + steps, labels[lanes, steps], predicted[lanes, steps])
+        self._rows.writerows([self._batch, *row] for row in zip(*(column.tolist() for column in columns), strict=True))
+        self._steps += labels.shape[1]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._file.close()

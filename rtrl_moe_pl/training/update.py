@@ -28,43 +28,49 @@ class UpdateResult:
         stepped: whether the optimizer was stepped; False when no weight was seen on any rank.
         grad_norm: L2 norm of the mean gradient before clipping; 0 if not stepped.
         weight: the weight seen on all ranks since the last update.
+        counts: what was counted on all ranks since then, [n]; None if nothing was.
     """
 
     stepped: bool
     grad_norm: float
     weight: float
+    counts: Tensor | None = None
 
 
 class GradientSums:
-    """Gradients and loss weights summed over the batches since the last update."""
+    """Gradients, loss weights and counts summed over the batches since the last update."""
 
     def __init__(self) -> None:
         self.grads: dict[str, Tensor] = {}
         self.weight: Tensor | None = None
+        self.counts: Tensor | None = None
         self.batches = 0
 
-    def add(self, grads: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Add one batch: gradients of the summed loss, and the sum of its loss weights (0-dim)."""
+    def add(self, grads: Mapping[str, Tensor], weight: Tensor, counts: Tensor | None = None) -> None:
+        """Add one batch: gradients of the summed loss, the sum of its loss weights (0-dim), and counts [n]."""
         if self.weight is None:
-            self.grads, self.weight = dict(grads), weight
+            self.grads, self.weight, self.counts = dict(grads), weight, counts
         else:
             self.grads = {name: self.grads[name] + grad for name, grad in grads.items()}
             self.weight = self.weight + weight
+            self.counts = counts if self.counts is None or counts is None else self.counts + counts
         self.batches += 1
 
     def clear(self) -> None:
-        self.grads, self.weight, self.batches = {}, None, 0
+        self.grads, self.weight, self.counts, self.batches = {}, None, None, 0
 
     def to(self, device: torch.device) -> None:
         """Move the sums, which a checkpoint may have brought from another device."""
         self.grads = {name: grad.to(device) for name, grad in self.grads.items()}
         self.weight = None if self.weight is None else self.weight.to(device)
+        self.counts = None if self.counts is None else self.counts.to(device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"grads": dict(self.grads), "weight": self.weight, "batches": self.batches}
+        return {"grads": dict(self.grads), "weight": self.weight, "counts": self.counts, "batches": self.batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.grads, self.weight, self.batches = dict(state["grads"]), state["weight"], state["batches"]
+        self.counts = state.get("counts")
 
 
 def update(
@@ -98,18 +104,21 @@ def update(
     if unknown:
         raise ValueError(f"gradients for unknown parameters {sorted(unknown)}: the module has {sorted(parameters)}")
     names = [name for name in sums.grads if parameters[name].requires_grad]
-    flat = torch.cat([*(sums.grads[name].reshape(-1) for name in names), sums.weight.reshape(1)])
+    gradients = [sums.grads[name].reshape(-1) for name in names]
+    counts = sums.weight.new_zeros(0) if sums.counts is None else sums.counts
+    flat = torch.cat([*gradients, sums.weight.reshape(1), counts.to(sums.weight)])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(flat)
-    total, sum_norm = torch.stack([flat[-1], torch.linalg.vector_norm(flat[:-1])]).tolist()
-    flat = flat[:-1]
+    flat, weight, counts = flat.split([sum(map(len, gradients)), 1, len(counts)])
+    total, sum_norm = torch.stack([weight[0], torch.linalg.vector_norm(flat)]).tolist()
+    counts = counts if len(counts) else None
     means = dict(zip(names, flat.split([parameters[name].numel() for name in names]), strict=True))
     if not (math.isfinite(total) and math.isfinite(sum_norm)):
         named = [*((f"gradient of {name}", means[name]) for name in names), ("the gradient of all parameters", flat)]
         raise NumericalFailure(first_bad(named) or "the batch of another rank is not finite")
     sums.clear()
     if total == 0:
-        return UpdateResult(stepped=False, grad_norm=0.0, weight=0.0)
+        return UpdateResult(stepped=False, grad_norm=0.0, weight=0.0, counts=counts)
 
     grad_norm = sum_norm / total
     clip = min(1.0, gradient_clip / grad_norm) if gradient_clip is not None and grad_norm > 0 else 1.0
@@ -121,4 +130,4 @@ def update(
         raise NumericalFailure(first_bad((f"parameter {name}", p) for name, p in parameters.items()) or "parameters")
     if scheduler is not None:
         scheduler.step()
-    return UpdateResult(stepped=True, grad_norm=grad_norm, weight=total)
+    return UpdateResult(stepped=True, grad_norm=grad_norm, weight=total, counts=counts)

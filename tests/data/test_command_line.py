@@ -5,7 +5,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
-from rtrl_moe_pl.data import AnBnDataModule, DelayedRecallDataModule
+from rtrl_moe_pl.data import AnBnDataModule, DelayedCopyDataModule, DelayedRecallDataModule, HaystackDataModule
 
 ANBN = """
 data:
@@ -30,6 +30,27 @@ RECALL = """
 data:
   class_path: DelayedRecallDataModule
   init_args: {values: 3, noise_tokens: 1, min_gap: 17, max_gap: 24, layout: sequences}
+"""
+COPY = """
+data:
+  class_path: DelayedCopyDataModule
+  init_args: {symbols: 3, delay: 5, length: 60, layout: sequences, validation_window: 16}
+"""
+HAYSTACK = """
+data:
+  class_path: HaystackDataModule
+  init_args:
+    length: 60
+    values: 3
+    needles: 2
+    distractors: 1
+    min_gap: 9
+    insert_from: 0.25
+    insert_to: 0.5
+    curriculum: [20, 40]
+    promote_at: 0.9
+    seed: 5
+    validation_window: 16
 """
 CUSTOM = """
 data:
@@ -68,6 +89,16 @@ def test_every_option_reaches_the_module(parser: ArgumentParser):
     assert isinstance(recall, DelayedRecallDataModule)
     assert repr(recall.task) == "DelayedRecall(values=3, noise_tokens=1, min_gap=17, max_gap=24)"
     assert recall.layout == "sequences"
+    copy = build(parser, COPY)
+    assert isinstance(copy, DelayedCopyDataModule)
+    assert repr(copy.task) == "DelayedCopy(symbols=3, delay=5, length=60)"
+    assert (copy.layout, copy.validation_window) == ("sequences", 16)
+    haystack = build(parser, HAYSTACK)
+    assert isinstance(haystack, HaystackDataModule)
+    expected = "values=3, needles=2, distractors=1, min_gap=9, insert_from=0.25, insert_to=0.5)"
+    assert [repr(task) for task in haystack.tasks] == [f"Haystack(length={n}, {expected}" for n in (20, 40, 60)]
+    assert haystack.task == haystack.tasks[-1]
+    assert (haystack.promote_at, haystack.seed, haystack.validation_window) == (0.9, 5, 16)
 
 
 def test_a_task_of_ones_own(parser: ArgumentParser):
@@ -76,7 +107,7 @@ def test_a_task_of_ones_own(parser: ArgumentParser):
     assert module.batch_size == 7
 
 
-@pytest.mark.parametrize("text", [ANBN, RECALL, CUSTOM])
+@pytest.mark.parametrize("text", [ANBN, RECALL, COPY, HAYSTACK, CUSTOM])
 def test_a_dumped_config_builds_the_same(parser: ArgumentParser, text: str):
     first = parser.parse_string(text)
     assert parser.parse_string(parser.dump(first)) == first
@@ -91,6 +122,12 @@ def test_help_explains_the_options(capsys: pytest.CaptureFixture[str], parser: A
     assert "--data.steps_per_batch" in shown
     assert "--data.task " not in shown  # what a module sets itself is no option of it
     assert "--data.options" not in shown
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--data.help=HaystackDataModule"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "lengths to train at before" in shown
+    assert "windows of persistent lanes" in shown
+    assert "--data.task" not in shown
 
 
 @pytest.mark.parametrize(

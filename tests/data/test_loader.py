@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rtrl_moe_pl.data import Request, Stream, StreamLoader, ValidationLoader
-from rtrl_moe_pl.tasks import AnBn
+from rtrl_moe_pl.tasks import AnBn, Haystack
 
 STREAM = Stream(AnBn(), seed=2, batch_size=3, steps=8)
 WHOLE = Stream(AnBn(), seed=2, batch_size=3, steps=None)
@@ -107,3 +107,40 @@ def test_validation_needs_no_padding_on_one_process():
     loader = ValidationLoader("validation", Stream(AnBn(), 1, 4, None), 10)
     assert [len(request.cursor.index) for request in loader] == [4, 4, 2]
     assert torch.cat([request.cursor.index for request in loader]).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("window", [1, 5, 9, 64])
+@pytest.mark.parametrize("world", [1, 2])
+def test_windows_join_to_whole_sequences(window: int, world: int):
+    """Of variable length, in batches of which the last has fewer rows; on every rank as many."""
+    task = AnBn(n_max=4)  # 5 to 9 tokens
+    for rank in range(world):
+        stream = Stream(task, 1, 4, None, rank, world)
+        whole = [stream.batch(request.cursor) for request in ValidationLoader("validation", stream, 10)]
+        loader = ValidationLoader("validation", stream, 10, window)
+        windows = [stream.batch(request.cursor, request.columns) for request in loader]
+        per_batch = -(-task.max_length // window)
+        assert len(windows) == len(loader) == per_batch * len(whole)
+        assert max(batch.inputs.shape[1] for batch in windows) <= window
+        for number, batch in enumerate(whole):
+            parts = windows[number * per_batch : (number + 1) * per_batch]
+            for name in ("inputs", "starts"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts], 1), getattr(batch, name))
+            for which in (0, 1):
+                assert torch.equal(torch.cat([part.targets[which] for part in parts], 1), batch.targets[which])
+            assert all(part.sequences is not None for part in parts)
+            assert {tuple(part.sequences.tolist()) for part in parts} == {tuple(batch.sequences.tolist())}  # type: ignore[union-attr]
+            assert parts[0].starts[:, 0].all()
+            assert sum(int(part.starts.sum()) for part in parts) == len(batch.inputs)
+
+
+def test_windows_of_a_million_steps_cost_nothing_until_asked_for():
+    loader = ValidationLoader("test", Stream(Haystack(length=1 << 20), 1, 4, None), 4, 1000)
+    assert len(loader) == 1049
+    requests = iter(loader)
+    assert next(requests).columns == 1000
+    *_, last = requests
+    assert last.columns == (1 << 20) % 1000
+    batch = loader.stream.batch(last.cursor, last.columns)
+    assert batch.inputs.shape == (4, last.columns)
+    assert batch.targets[1].sum(0).nonzero().tolist() == [[last.columns - 1]]

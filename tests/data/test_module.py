@@ -6,7 +6,15 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from rtrl_moe_pl.data import AnBnDataModule, Batch, DelayedRecallDataModule, SequenceDataModule, Stream
+from rtrl_moe_pl.data import (
+    AnBnDataModule,
+    Batch,
+    DelayedCopyDataModule,
+    DelayedRecallDataModule,
+    HaystackDataModule,
+    SequenceDataModule,
+    Stream,
+)
 from rtrl_moe_pl.tasks import AnBn, DelayedRecall
 
 
@@ -22,6 +30,10 @@ def test_sizes_are_known_after_init():
     recall = DelayedRecallDataModule(values=5, noise_tokens=2, layout="sequences", validation_scales=[1, 3])
     assert (recall.input_size, recall.output_size, recall.layout) == (8, 5, "sequences")
     assert recall.validation_names == ["", "3x"]
+    haystack = HaystackDataModule(values=5, needles=2, distractors=3)
+    assert (haystack.input_size, haystack.output_size) == (4 + 5 + 2 + 3, 5)
+    copy = DelayedCopyDataModule(symbols=7)
+    assert (copy.input_size, copy.output_size) == (7, 7)
 
 
 @pytest.mark.parametrize(("layout", "steps"), [("stream", 10), ("sequences", 33)])
@@ -56,8 +68,9 @@ def test_ids():
         (AnBnDataModule(n_max=16, validation_size=500), [(5, 33), (35, 65), (67, 129)]),
         (AnBnDataModule(n_max=5, task_layout="predecessor", validation_size=500), [(11, 11), (21, 21), (41, 41)]),
         (DelayedRecallDataModule(min_gap=10, max_gap=20, validation_size=500), [(12, 22), (23, 42), (43, 82)]),
+        (HaystackDataModule(length=20, min_gap=9, validation_size=500), [(20, 20), (40, 40), (80, 80)]),
     ],
-    ids=["anbn", "predecessor", "recall"],
+    ids=["anbn", "predecessor", "recall", "haystack"],
 )
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_validation_sets_are_longer_by_their_factor(module: SequenceDataModule, lengths, split: str):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rtrl_moe_pl.data import Batch, Cursor, Stream, window
 from rtrl_moe_pl.data import stream as stream_module
-from rtrl_moe_pl.tasks import AnBn, DelayedRecall, Steps, Task
+from rtrl_moe_pl.tasks import AnBn, DelayedCopy, DelayedRecall, Haystack, Steps, Task
 
 
 class Lane(NamedTuple):
@@ -59,6 +59,13 @@ tasks = st.one_of(
         st.integers(0, 30),
         st.integers(0, 60),
     ),
+    st.builds(
+        lambda more, needles, distractors: Haystack(3 * (needles + distractors) + 4 + more, 3, needles, distractors, 4),
+        st.integers(0, 30),
+        st.integers(1, 3),
+        st.integers(0, 2),
+    ),
+    st.builds(lambda delay, more: DelayedCopy(2, delay, delay + more), st.integers(1, 9), st.integers(1, 20)),
 )
 
 
@@ -227,9 +234,10 @@ def test_ranks_share_the_lanes_of_one_big_process(steps: int | None):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CPU with a GPU")
+@pytest.mark.parametrize("task", [DelayedRecall(), Haystack(needles=2, distractors=2), DelayedCopy()], ids=repr)
 @pytest.mark.parametrize("steps", [None, 50])
-def test_the_gpu_makes_the_same_batches(steps: int | None):
-    stream = Stream(DelayedRecall(), 5, 6, steps)
+def test_the_gpu_makes_the_same_batches(task: Task, steps: int | None):
+    stream = Stream(task, 5, 6, steps)
     cursor = stream.advance(stream.first(), 100)
     on_gpu = stream.batch(Cursor(cursor.index.cuda(), cursor.offset.cuda()))
     for a, b in zip(columns_of(stream.batch(cursor)), columns_of(on_gpu), strict=True):

@@ -9,6 +9,31 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+CURRICULUM = """
+model:
+  class_path: SequenceModule
+  init_args:
+    cell: {class_path: GRU, init_args: {hidden_size: 5}}
+    gradient: {class_path: RTRL, init_args: {window: 4}}
+data:
+  class_path: HaystackDataModule
+  init_args:
+    length: 16
+    curriculum: [8, 12]
+    promote_at: 0.15
+    min_gap: 5
+    batch_size: 4
+    steps_per_batch: 8
+    batches_per_epoch: 4
+    validation_size: 21
+    validation_window: 5
+checkpoint: {monitor: val/progress}
+trainer:
+  max_epochs: 4
+  accelerator: cpu
+  enable_progress_bar: false
+  callbacks: [{class_path: AccuracyByDistance}]
+"""
 
 
 def run(folder: Path, processes: int, batch_size: int, *checkpoint: str) -> list[dict[str, list[torch.Tensor]]]:
@@ -47,3 +72,29 @@ def test_two_processes_see_what_one_sees(tmp_path: Path):
         assert len(continued["train"]) == 5
         for a, b in zip(unbroken["train"][3:], continued["train"], strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_two_processes_are_promoted_together(tmp_path: Path):
+    """As one process with the double batch: the same lengths, weights and best checkpoint, evaluated in windows."""
+    (tmp_path / "config.yaml").write_text(CURRICULUM)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = []
+    for options in ((), ("--trainer.devices", "2", "--data.batch_size", "2")):
+        folder = tmp_path / str(len(found))
+        command = [sys.executable, "-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", *options]
+        command += ["--trainer.default_root_dir", str(folder)]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        version = folder / "lightning_logs" / "version_0"
+        assert (version / "val_accuracy_by_distance.png").is_file()
+        [best] = [path for path in (version / "checkpoints").glob("best-*.ckpt")]
+        found.append((best.name, torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)))
+    (best, alone), (best_of_two, both) = found
+    assert best == best_of_two
+    assert alone["HaystackDataModule"]["curriculum"] == both["HaystackDataModule"]["curriculum"]
+    assert alone["HaystackDataModule"]["curriculum"]["length"] == 16
+    assert alone["global_step"] == both["global_step"]
+    for name, value in alone["state_dict"].items():
+        torch.testing.assert_close(both["state_dict"][name], value, rtol=1e-4, atol=1e-6)

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from rtrl_moe_pl.cells import GRU, LSTM
+from rtrl_moe_pl.data import HaystackDataModule
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, GradientAlgorithm
 from rtrl_moe_pl.modules import SequenceModule
 from rtrl_moe_pl.training.strategy import PER_RANK
@@ -54,6 +55,42 @@ def test_resumed_equals_unbroken(tmp_path: Path, gradient: GradientAlgorithm, la
     second.fit(resumed, datamodule=data(layout=layout, steps_per_batch=12), ckpt_path=str(path))
     expected, got = final(first, unbroken), final(second, resumed)
     assert second.global_step == whole
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+@pytest.mark.parametrize("stopped", [3, 5, 10])
+def test_resumed_equals_unbroken_through_a_curriculum(tmp_path: Path, stopped: int) -> None:
+    """Stopped before, right after and long after a promotion: weights, moments, carry, and the length."""
+
+    def fit(steps: int, **how: Any) -> tuple[Trainer, SequenceModule, int]:
+        torch.manual_seed(2)
+        model = SequenceModule(GRU(8, 5), 4, RTRL(window=4), gradient_clip=None)
+        data = HaystackDataModule(
+            length=17,
+            curriculum=[9, 13],
+            min_gap=5,
+            promote_at=0.01,
+            batch_size=4,
+            steps_per_batch=9,
+            batches_per_epoch=5,
+            validation_size=32,
+            validation_scales=[1],
+            validation_window=6,
+        )
+        run = trainer(tmp_path, max_epochs=-1, max_steps=steps, limit_val_batches=1.0)
+        run.fit(model, datamodule=data, **how)
+        return run, model, data.training_task.max_length
+
+    first, unbroken, length = fit(11)
+    assert length == 17
+    interrupted, _, _ = fit(stopped)
+    interrupted.save_checkpoint(tmp_path / "stopped.ckpt")
+    second, resumed, again = fit(11, ckpt_path=str(tmp_path / "stopped.ckpt"))
+    assert again == length
+    assert second.global_step == 11
+    expected, got = final(first, unbroken), final(second, resumed)
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
