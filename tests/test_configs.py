@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from torch import Tensor
 
@@ -21,6 +22,10 @@ PROMISED = {
     "anbn_long",
     "recall_rtrl",
     "recall_tbptt",
+    "haystack_rtrl",
+    "haystack_tbptt",
+    "haystack_bptt",
+    "haystack_1m",
 }
 
 
@@ -50,27 +55,49 @@ def test_is_short_and_complete(name: str) -> None:
     assert text.startswith("# ")
     assert len(text.splitlines()) <= 50
     assert config["seed_everything"] == 0
-    steps, schedule = config["trainer"]["max_steps"], config["model"]["init_args"].get("lr_scheduler")
-    assert steps % config["data"]["init_args"]["batches_per_epoch"] == 0  # the last step is validated
-    if schedule:
+    steps, schedule = config["trainer"].get("max_steps"), config["model"]["init_args"].get("lr_scheduler")
+    if steps is None:  # where many batches have no weight, and so no step: epochs; or evaluation alone
+        assert "max_epochs" in config["trainer"] or name == "haystack_1m"
+    else:
+        assert steps % config["data"]["init_args"]["batches_per_epoch"] == 0  # the last step is validated
+    if steps and schedule:
         assert schedule["init_args"]["total_steps"] == steps + 1
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "anbn_bptt"])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_bptt")])
 def test_audit(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "--config", str(CONFIGS / f"{name}.yaml"), "--steps", "40", "--data.batch_size", "2"]) == 0
     exact = load(name)["model"]["init_args"]["gradient"]["class_path"] != "TBPTT"
     assert ("verdict: exact" if exact else "verdict: approximate") in capsys.readouterr().out
 
 
-def test_recall_differs_in_the_gradient_alone() -> None:
+@pytest.mark.parametrize("task", ["recall", "haystack"])
+def test_the_control_differs_in_the_gradient_alone(task: str) -> None:
     """And every gap is more than twice as long as the window."""
-    exact, truncated = load("recall_rtrl"), load("recall_tbptt")
+    exact, truncated = load(f"{task}_rtrl"), load(f"{task}_tbptt")
     window = exact["model"]["init_args"]["gradient"]["init_args"]["window"]
     assert exact["data"]["init_args"]["min_gap"] > 2 * window
     assert exact["model"]["init_args"].pop("gradient")["class_path"] == "RTRL"
     assert truncated["model"]["init_args"].pop("gradient") == {"class_path": "TBPTT", "init_args": {"window": window}}
     assert exact == truncated
+
+
+def test_haystack_1m_evaluates_a_checkpoint_of_haystack_rtrl(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of a shorter run, on fewer and shorter sequences: the other options are as they are."""
+    exact, million = load("haystack_rtrl"), load("haystack_1m")
+    for key in ("cell", "gradient"):
+        assert million["model"]["init_args"][key] == exact["model"]["init_args"][key]
+    assert {key: million["data"]["init_args"][key] for key in ("values", "min_gap")} == {"values": 4, "min_gap": 33}
+    assert million["data"]["init_args"]["length"] == 1 << 20
+    small = ["--data.batches_per_epoch", "8", "--data.validation_size", "8", "--trainer.max_epochs", "1"]
+    fit = ["fit", "--config", str(CONFIGS / "haystack_rtrl.yaml"), *small, "--trainer.enable_progress_bar", "false"]
+    assert main(fit) == 0
+    [checkpoint] = tmp_path.rglob("last.ckpt")
+    short = ["--data.length", "3000", "--data.validation_size", "5", "--data.validation_batch_size", "3"]
+    test = ["test", "--config", str(CONFIGS / "haystack_1m.yaml"), "--ckpt_path", str(checkpoint), *short]
+    assert main(test) == 0
+    assert "test/accuracy" in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("test_accuracy_by_distance.png"))) == 1
 
 
 class NoInfluence(RTRL):
@@ -109,6 +136,19 @@ def test_only_carried_influence_learns_recall(tmp_path: Path, gradient: str, lea
     assert main(["fit", "--config", str(CONFIGS / "recall_rtrl.yaml"), "--model.gradient", gradient, *quick]) == 0
     accuracy = accuracies(tmp_path)["val/accuracy"]
     assert accuracy >= 0.95 if learns else 0.2 <= accuracy <= 0.32  # chance is 1/4; 0.07 is 5 standard errors of 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "learns"), [("haystack_rtrl", True), ("haystack_tbptt", False)])
+def test_only_carried_influence_finds_the_needle(tmp_path: Path, config: str, learns: bool) -> None:
+    """Four epochs of twenty: enough to be past the first of the lengths, which truncation never is."""
+    quick = ["--trainer.max_epochs", "4", "--data.validation_scales", "[1]", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--config", str(CONFIGS / f"{config}.yaml"), *quick]) == 0
+    [best] = tmp_path.rglob("best-*.ckpt")
+    reached = torch.load(best, weights_only=True)["HaystackDataModule"]["curriculum"]
+    accuracy = accuracies(tmp_path)["val/accuracy"]
+    assert reached["length"] >= 128 if learns else reached == {"length": 64, "passed": False, "validation_due": False}
+    assert learns or 0.15 <= accuracy <= 0.35  # chance is 1/4; 0.1 is 5 standard errors of 512
 
 
 @pytest.mark.slow

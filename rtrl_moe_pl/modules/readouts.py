@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,3 +22,29 @@ class MLP(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         return self.output(self.hidden(state).relu())
+
+
+class SlotAttention(nn.Module):
+    """Attends over a state's slots with a query made from the input: state [N, S d], input [N, D] -> [N, output_size].
+
+    Args:
+        input_size: D.
+        num_slots, slot_size: of the cell.
+        output_size: outputs.
+    """
+
+    takes_input = True
+
+    def __init__(self, input_size: int, num_slots: int, slot_size: int, output_size: int) -> None:
+        super().__init__()
+        self.num_slots, self.slot_size = num_slots, slot_size
+        self.address = nn.Parameter(torch.randn(num_slots, slot_size))
+        self.query = nn.Linear(input_size, slot_size)
+        self.source = nn.Linear(slot_size, 2 * slot_size)  # keys above values
+        self.output = nn.Linear(slot_size, output_size)
+
+    def forward(self, state: Tensor, x: Tensor) -> Tensor:
+        slots = state.unflatten(-1, (self.num_slots, self.slot_size))
+        keys, values = self.source(slots + self.address).chunk(2, -1)  # [N, S, d] each
+        scores = torch.einsum("nd,nsd->ns", self.query(x), keys) / self.slot_size**0.5
+        return self.output(torch.einsum("ns,nsd->nd", torch.softmax(scores, -1), values))

@@ -1,0 +1,169 @@
+"""What a routed cell reads, writes and uses over time, drawn after every validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.func import jacrev, vmap
+
+from rtrl_moe_pl.cells import RoutedCell
+from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.data import Batch
+from rtrl_moe_pl.modules.usage import usage_entropy
+
+
+class Trace(NamedTuple):
+    """T steps of one lane."""
+
+    read: Tensor  # [T, S] bool
+    written: Tensor  # [T, S] bool
+    experts: Tensor  # [T, E] bool
+    state_norm: Tensor  # [T]
+    jacobian_norm: Tensor  # [T], Frobenius, over the root of S d: 1 for the identity
+
+
+@torch.no_grad()
+def trace(cell: RoutedCell, inputs: Tensor) -> Trace:
+    """Run a cell from its initial state over inputs [T, ..].
+
+    Cost: T steps, and S d cotangents through all of them for the norms of ds'/ds.
+    """
+    state, states, routings = cell.initial_state(1), [], []
+    for x in inputs:
+        states.append(state)
+        state, routing = cell.advance(x[None], state)
+        routings.append(routing)
+    given = torch.cat(states)  # [T, S d]
+    sizes = cell.num_slots, cell.num_slots, cell.num_experts
+    read, written, experts = (
+        torch.zeros(len(inputs), size, dtype=torch.bool, device=given.device).scatter_(1, torch.cat(index), True)
+        for index, size in zip(zip(*routings, strict=True), sizes, strict=True)
+    )
+    jacobians = vmap(jacrev(lambda s, x: cell(x[None], s[None])[0]), chunk_size=16)(given, inputs)
+    norms = torch.linalg.matrix_norm(jacobians) / cell.state_size**0.5
+    return Trace(read, written, experts, torch.cat([*states[1:], state]).norm(dim=1), norms)
+
+
+class RoutingPicture(Callback):
+    """Rasters of the slots read and written and the experts used over one sequence, how often each was, and costs.
+
+    The first lane of the first validation batch is run again, from its beginning. The figure goes to loggers that take
+    figures (TensorBoard), as ``val/routing``, and beside the logs as ``val_routing.png``, of the latest validation.
+    Needs a module whose ``cell`` is a ``RoutedCell``. Nothing is drawn in sanity checks and under ``fast_dev_run``.
+
+    Args:
+        steps: at most as many steps are drawn, at least 1.
+
+    Attributes:
+        latest: what was drawn last.
+
+    Cost: about a second for 128 steps of 4 slots of 32 numbers.
+    """
+
+    def __init__(self, steps: int = 128) -> None:
+        self.steps = at_least(1, "steps", steps)
+        self.latest: Trace | None = None
+        self._inputs: Tensor | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        cell = getattr(pl_module, "cell", None)
+        if not isinstance(cell, RoutedCell):
+            raise TypeError(
+                f"RoutingPicture needs a cell that chooses slots, such as RecurrentMoE, got {type(cell).__name__}"
+            )
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0 and dataloader_idx == 0:
+            self._inputs = batch.inputs[0, : self.steps]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: Lightning asks rank 0
+        quiet = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self._inputs is None or quiet or not trainer.is_global_zero:
+            return
+        cell: Any = pl_module.cell
+        self.latest = trace(cell, self._inputs)
+        batch = max(0, trainer.fit_loop.total_batch_idx)
+        figure = draw(cell, self.latest, f"one sequence, after {batch + 1:,} batches")
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / "val_routing.png", dpi=110)
+        for logger in trainer.loggers:
+            add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
+            if add_figure is not None:
+                add_figure("val/routing", figure, global_step=batch)
+
+
+def cost_table(cell: RoutedCell, trace: Trace) -> list[tuple[str, float, float]]:
+    """Multiply-adds of a step if everything were dense, and as done: name, dense, done."""
+    p = sum(q.numel() for q in cell.parameters())
+    banks = [q for q in cell.parameters() if cell.num_experts and q.ndim > 1 and len(q) == cell.num_experts]
+    by_expert = sum(q.numel() for q in banks) / max(1, cell.num_experts)
+    size, d = cell.state_size, cell.slot_size
+    written = float(trace.written.sum(1).float().mean()) * d
+    touched = float((trace.read | trace.written).sum(1).float().mean()) * d
+    used = float(trace.experts.sum(1).float().mean()) if cell.num_experts else 0.0
+    return [
+        ("experts", by_expert * cell.num_experts, by_expert * used),
+        ("ds'/ds", float(size * size), written * touched),
+        ("J P, step by step", float(size) * size * p, written * touched * p),
+    ]
+
+
+def draw(cell: RoutedCell, trace: Trace, title: str) -> Figure:
+    """Rasters and norms over time at the left; usage and costs at the right."""
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure.suptitle(title)
+    rows = [("slots read", trace.read), ("slots written", trace.written), ("experts used", trace.experts)]
+    rows = [row for row in rows if row[1].shape[1]]
+    axes = figure.subplots(len(rows) + 1, 2, width_ratios=(3, 1), height_ratios=[1] * len(rows) + [1.1])
+    for (name, chosen), (left, right) in zip(rows, axes, strict=False):
+        _raster(left, name, chosen)
+        _usage(right, chosen)
+    norms, table = axes[-1]
+    steps = range(len(trace.state_norm))
+    norms.plot(steps, trace.state_norm.tolist(), label="norm of the state")
+    norms.plot(steps, trace.jacobian_norm.tolist(), label="norm of ds'/ds (1: identity)")
+    norms.set(xlabel="step", xlim=(-0.5, len(trace.state_norm) - 0.5), ylim=(0, None))
+    norms.grid(alpha=0.3)
+    norms.legend(fontsize=8)
+    table.axis("off")
+    lines = [f"{'multiply-adds a step':18s}{'dense':>9s}{'done':>9s}"]
+    lines += [f"{name:18s}{dense:9.2g}{done:9.2g}" for name, dense, done in cost_table(cell, trace)]
+    table.text(0, 0.95, "\n".join(lines), family="monospace", fontsize=8, va="top")
+    return figure
+
+
+def _raster(axes: Axes, name: str, chosen: Tensor) -> None:
+    axes.imshow(
+        chosen.T.cpu().numpy(), aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, vmax=1, origin="lower"
+    )
+    axes.set(ylabel=name)
+    count = chosen.shape[1]
+    axes.set_yticks(range(0, count, max(1, count // 8)))
+
+
+def _usage(axes: Axes, chosen: Tensor) -> None:
+    counts = chosen.sum(0)
+    share = (counts / counts.sum().clamp(min=1)).tolist()
+    unused = int((counts == 0).sum())
+    axes.barh(range(len(share)), share, color="tab:blue")
+    axes.axvline(1 / len(share), color="0.4", linestyle="--")
+    entropy = float(usage_entropy(counts))
+    axes.set_title(f"share; entropy {entropy:.0%} of largest, {unused} unused", fontsize=9)
+    axes.set_ylim(-0.5, len(share) - 0.5)
+    axes.set_yticks(range(0, len(share), max(1, len(share) // 8)))

@@ -1,0 +1,96 @@
+"""The picture of what a routed cell chooses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+
+from rtrl_moe_pl.cells import GRU, RecurrentMoE
+from rtrl_moe_pl.data import AnBnDataModule
+from rtrl_moe_pl.gradients import RTRL, LazyExpertRTRL
+from rtrl_moe_pl.modules import RoutingPicture, SequenceModule
+from rtrl_moe_pl.modules.routing_picture import cost_table, trace
+from rtrl_moe_pl.modules.usage import usage_entropy
+
+
+def test_trace_is_what_the_cell_chose() -> None:
+    torch.manual_seed(0)
+    cell, inputs = RecurrentMoE(3, 4, 6, 5, read_slots=2, write_slots=1, active_experts=2), torch.randn(20, 3)
+    found = trace(cell, inputs)
+    state = cell.initial_state(1)
+    for t, x in enumerate(inputs):
+        jacobian = torch.func.jacrev(lambda s, x=x: cell(x[None], s)[0])(state)
+        assert float(found.jacobian_norm[t]) == pytest.approx(float(jacobian.detach().norm()) / 24**0.5, rel=1e-4)
+        state, routing = cell.advance(x[None], state)
+        for chosen, index in zip(found[:3], routing, strict=True):
+            assert chosen[t].nonzero().flatten().tolist() == sorted(index[0].tolist())
+        assert float(found.state_norm[t]) == pytest.approx(float(state.detach().norm()), rel=1e-5)
+
+
+def test_costs() -> None:
+    torch.manual_seed(0)
+    cell = RecurrentMoE(3, 4, 6, 5, read_slots=2, write_slots=1, active_experts=2)
+    rows = {name: (dense, done) for name, dense, done in cost_table(cell, trace(cell, torch.randn(20, 3)))}
+    dense, done = rows["experts"]
+    assert dense == 5 * (16 + 4 + 4)
+    assert done == 2 * (16 + 4 + 4)
+    dense, done = rows["ds'/ds"]
+    assert dense == 24**2
+    assert 4 * 8 <= done <= 4 * 12  # one slot written; it may be one of the two read
+    full = RecurrentMoE(3, 4, 2, 2)
+    for _, dense, done in cost_table(full, trace(full, torch.randn(5, 3))):
+        assert done == dense
+
+
+def test_usage_entropy() -> None:
+    assert float(usage_entropy(torch.tensor([5, 5, 5, 5]))) == pytest.approx(1.0)
+    assert float(usage_entropy(torch.tensor([9, 0, 0]))) == 0.0
+    assert float(usage_entropy(torch.tensor([1, 1, 0, 0]))) == pytest.approx(0.5)
+    assert float(usage_entropy(torch.tensor([7]))) == 1.0
+    assert float(usage_entropy(torch.zeros(3))) == 0.0
+
+
+def fit(cell: torch.nn.Module, gradient: RTRL, folder: Path, picture: RoutingPicture) -> Trainer:
+    data = AnBnDataModule(2, 4, batch_size=4, steps_per_batch=8, batches_per_epoch=4, validation_size=8)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=[picture],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(SequenceModule(cell, 2, gradient), data)
+    return trainer
+
+
+def test_it_is_drawn(tmp_path: Path) -> None:
+    picture = RoutingPicture(steps=6)
+    trainer = fit(RecurrentMoE(3, 4, 5, 6), LazyExpertRTRL(window=4), tmp_path, picture)
+    assert picture.latest is not None
+    assert picture.latest.experts.shape == (6, 6)
+    assert trainer.log_dir is not None
+    assert (Path(trainer.log_dir) / "val_routing.png").stat().st_size > 10_000
+    figures = trainer.callback_metrics
+    assert 0 < figures["train/expert_entropy"] <= 1
+    assert {"train/read_entropy", "train/write_entropy", "train/dead_experts", "train/unwritten_slots"} <= set(figures)
+
+
+def test_balancing_happens_once_an_update(tmp_path: Path) -> None:
+    cell = RecurrentMoE(3, 4, 5, 6, balance_rate=0.5, slot_balance_rate=0.25)
+    fit(cell, LazyExpertRTRL(window=4), tmp_path, RoutingPicture())
+    for bias, rate in ((cell.expert_bias, 0.5), (cell.read_bias, 0.25), (cell.write_bias, 0.25)):
+        steps = bias / rate
+        assert bool(bias.any())
+        assert torch.equal(steps, steps.round())
+        assert steps.abs().max() <= 4  # batches
+
+
+def test_other_cells_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="needs a cell that chooses slots, such as RecurrentMoE, got GRU"):
+        fit(GRU(3, 4), RTRL(window=4), tmp_path, RoutingPicture())
