@@ -1,0 +1,194 @@
+"""Time and memory of RTRL for RecurrentMoE, against the number of experts and of slots.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.moe_scaling            # everything, one thread
+    python -m benchmarks.moe_scaling --only slots --quick
+    python -m benchmarks.moe_scaling --device cuda
+
+*one*: d = 32, 4 slots, 4 experts, beside BPTT and the naive step-by-step method. *experts*: blocks of 512 tokens with
+one gradient each, flush and contraction included; routers were balanced first, and the number of distinct experts used
+in a block is given. *slots*: at a window of one step, and at a window of 64 with the chunk that is chosen for it.
+Times are minima of interleaved repetitions; ratios are medians of the ratios of neighbours in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.common import RESULTS, interleaved, ratio, write
+from benchmarks.naive import NaiveRTRL
+from rtrl_moe_pl.cells import RecurrentMoE, Routing
+from rtrl_moe_pl.gradients import BPTT, RTRL, BlockRTRL, GradientAlgorithm, LazyExpertRTRL, Memory
+
+INPUTS, OUTPUTS, BLOCK = 8, 4, 512
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs - targets) ** 2).sum()
+
+
+class Point:
+    """One cell and batch, with a stream of random inputs."""
+
+    def __init__(self, device: torch.device, batch: int, slot_size: int, num_slots: int, num_experts: int) -> None:
+        torch.manual_seed(0)
+        self.batch = batch
+        self.cell = RecurrentMoE(INPUTS, slot_size, num_slots, num_experts, balance_rate=0.05).to(device)
+        self.readout = nn.Linear(self.cell.state_size, OUTPUTS).to(device)
+        self.inputs = torch.randn(batch, BLOCK, INPUTS, device=device)
+        self.targets = torch.randn(batch, BLOCK, OUTPUTS, device=device)
+        self.memories: dict[str, Memory] = {}
+
+    @torch.no_grad()
+    def use(self, steps: int) -> Routing:
+        """How often each slot and expert is chosen in some steps."""
+        state, chosen = self.cell.initial_state(self.batch), []
+        for x in self.inputs[:, :steps].unbind(1):
+            state, routing = self.cell.advance(x, state)
+            chosen.append(routing)
+        memory = Memory(state, None)  # type: ignore[arg-type]  # for its counts alone
+        memory.count(chosen, self.cell)
+        assert memory.used is not None
+        return memory.used
+
+    def spread(self) -> int:
+        """Balance the routers, and return the number of experts used in a block (of all lanes)."""
+        for _ in range(60):
+            self.cell.balance(self.use(64))
+        return int((self.use(BLOCK).experts > 0).sum())
+
+    def run(self, name: str, algorithm: GradientAlgorithm, steps: int) -> Callable[[], object]:
+        memory = self.memories[name] = algorithm.init(self.cell, self.batch, self.inputs.device)
+        memory.fresh = False
+        x, y = self.inputs[:, :steps], self.targets[:, :steps]
+        return lambda: algorithm.run(self.cell, self.readout, x, y, squared_error, memory)
+
+    def naive(self, steps: int) -> Callable[[], object]:
+        method = NaiveRTRL(self.cell, self.readout, self.batch)
+        return lambda: method.step(self.inputs[:, :steps], self.targets[:, :steps], squared_error)
+
+    def measure(self, runs: dict[str, tuple[Callable[[], object], int]], repetitions: int) -> dict[str, Any]:
+        """Microseconds a token and megabytes of influence, of runs and their number of steps."""
+        device = self.inputs.device
+        times = interleaved([run for run, _ in runs.values()], repetitions, device)
+        rows: dict[str, Any] = {}
+        for (name, (_, steps)), taken in zip(runs.items(), times, strict=True):
+            rows[name] = {"us_per_token": min(taken) / steps * 1e6, "median": statistics.median(taken) / steps * 1e6}
+            if name in self.memories:
+                rows[name]["influence_mb"] = self.memories[name].base.nbytes / 1e6
+            if "BPTT" in runs:
+                first = times[list(runs).index("BPTT")]
+                rows[name]["over_bptt"] = ratio([t / steps for t in taken], [t / runs["BPTT"][1] for t in first])
+        return rows
+
+
+def one(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
+    rows = []
+    for batch in (1, 8):
+        point = Point(device, batch, 32, 4, 4)
+        runs = {
+            "BPTT": (point.run("BPTT", BPTT(), 256), 256),
+            "RTRL": (point.run("RTRL", RTRL(window=64), 256), 256),
+            "BlockRTRL": (point.run("BlockRTRL", BlockRTRL(window=256), 256), 256),
+            "LazyExpertRTRL": (point.run("LazyExpertRTRL", LazyExpertRTRL(window=256), 256), 256),
+            "naive": (point.naive(2), 2),
+        }
+        rows.append({"batch": batch, **point.measure(runs, repetitions)})
+    return rows
+
+
+def experts(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
+    rows = []
+    for batch in (1, 8):
+        for count in tqdm((8, 32, 128, 512), desc=f"experts, B={batch}"):
+            point = Point(device, batch, 32, 4, count)
+            used = point.spread()
+            block: dict[str, Any] = {"window": BLOCK, "chunk": BLOCK}
+            runs = {
+                "BPTT": (point.run("BPTT", BPTT(), BLOCK), BLOCK),
+                "LazyExpertRTRL": (point.run("LazyExpertRTRL", LazyExpertRTRL(**block), BLOCK), BLOCK),
+                "LazyExpertRTRL, block": (
+                    point.run("LazyExpertRTRL, block", LazyExpertRTRL(**block, catch_up="block"), BLOCK),
+                    BLOCK,
+                ),
+            }
+            if batch == 1:
+                runs["BlockRTRL"] = point.run("BlockRTRL", BlockRTRL(**block), BLOCK), BLOCK
+                runs["RTRL"] = point.run("RTRL", RTRL(window=64), 128), 128
+            rows.append({"batch": batch, "experts": count, "used": used, **point.measure(runs, repetitions)})
+    return rows
+
+
+def slots(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
+    rows = []
+    for count in tqdm((4, 8, 16, 32, 64), desc="slots"):
+        point = Point(device, 1, 8, count, 4)
+        runs = {
+            "BPTT": (point.run("BPTT", BPTT(), 64), 64),
+            "RTRL, window 1": (point.run("RTRL, window 1", RTRL(1, chunk=1), 4), 4),
+            "BlockRTRL, window 1": (point.run("BlockRTRL, window 1", BlockRTRL(1, chunk=1), 16), 16),
+            "RTRL, best": (point.run("RTRL, best", RTRL(window=64), 64), 64),
+            "BlockRTRL, best": (point.run("BlockRTRL, best", BlockRTRL(window=256), 256), 256),
+            "LazyExpertRTRL, best": (point.run("LazyExpertRTRL, best", LazyExpertRTRL(window=256), 256), 256),
+        }
+        rows.append({"slots": count, **point.measure(runs, repetitions)})
+    return rows
+
+
+def draw(results: dict[str, Any]) -> None:
+    """benchmarks/results/moe_scaling.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    panels = (
+        (axes[0], [r for r in results["experts"] if r["batch"] == 1], "experts", "experts, 2 in use, 1 lane"),
+        (axes[1], [r for r in results["experts"] if r["batch"] == 8], "experts", "experts, 2 in use, 8 lanes"),
+        (axes[2], results["slots"], "slots", "slots of 8 numbers, 2 written, 1 lane"),
+    )
+    for axis, rows, key, title in panels:
+        for name in [name for name in rows[0] if isinstance(rows[0][name], dict)]:
+            axis.plot([r[key] for r in rows], [r[name]["us_per_token"] / 1000 for r in rows], "o-", label=name)
+        axis.set(xscale="log", yscale="log", xlabel=title, ylabel="ms per token")
+        axis.set_xticks([r[key] for r in rows], [str(r[key]) for r in rows], minor=False)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "moe_scaling.png", dpi=120)
+
+
+PARTS = {"one": one, "experts": experts, "slots": slots}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=sorted(PARTS), default=sorted(PARTS))
+    parser.add_argument("--quick", action="store_true", help="two repetitions, and nothing is written")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = {name: PARTS[name](options.device, 2 if options.quick else 7) for name in PARTS if name in options.only}
+    for name, rows in results.items():
+        for row in rows:
+            print(name, {k: v for k, v in row.items() if not isinstance(v, dict)})
+            for key, value in row.items():
+                if isinstance(value, dict):
+                    print(f"  {key:24s}", "  ".join(f"{figure} {number:,.2f}" for figure, number in value.items()))
+    if options.quick or len(results) < len(PARTS):
+        print("nothing written: the results are those of all parts together, without --quick")
+        return
+    print(write("moe_scaling", options.device, results))
+    draw(results)
+
+
+if __name__ == "__main__":
+    main()
