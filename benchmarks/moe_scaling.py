@@ -6,7 +6,8 @@
 
 *one*: d = 32, 4 slots, 4 experts, beside BPTT and the naive step-by-step method. *experts*: blocks of 512 tokens with
 one gradient each, flush and contraction included; routers were balanced first, and the number of distinct experts used
-in a block is given. *slots*: at a window of one step, and at a window of 64 with the chunk that is chosen for it.
+in a block is given. *slots*: at a window of one step, and at long windows (16 steps for dense RTRL, whose derivatives
+take more room; 256 for the others).
 Times are minima of interleaved repetitions; ratios are medians of the ratios of neighbours in time.
 """
 
@@ -128,12 +129,12 @@ def experts(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
 def slots(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
     rows = []
     for count in tqdm((4, 8, 16, 32, 64), desc="slots"):
-        point = Point(device, 1, 8, count, 4)
+        point = Point(device, 1, 32, count, 4)
         runs = {
             "BPTT": (point.run("BPTT", BPTT(), 64), 64),
-            "RTRL, window 1": (point.run("RTRL, window 1", RTRL(1, chunk=1), 4), 4),
+            "RTRL, window 1": (point.run("RTRL, window 1", RTRL(1, chunk=1), 2), 2),
             "BlockRTRL, window 1": (point.run("BlockRTRL, window 1", BlockRTRL(1, chunk=1), 16), 16),
-            "RTRL, best": (point.run("RTRL, best", RTRL(window=64), 64), 64),
+            "RTRL, best": (point.run("RTRL, best", RTRL(16, chunk=16), 16), 16),
             "BlockRTRL, best": (point.run("BlockRTRL, best", BlockRTRL(window=256), 256), 256),
             "LazyExpertRTRL, best": (point.run("LazyExpertRTRL, best", LazyExpertRTRL(window=256), 256), 256),
         }
@@ -152,7 +153,7 @@ def draw(results: dict[str, Any]) -> None:
     panels = (
         (axes[0], [r for r in results["experts"] if r["batch"] == 1], "experts", "experts, 2 in use, 1 lane"),
         (axes[1], [r for r in results["experts"] if r["batch"] == 8], "experts", "experts, 2 in use, 8 lanes"),
-        (axes[2], results["slots"], "slots", "slots of 8 numbers, 2 written, 1 lane"),
+        (axes[2], results["slots"], "slots", "slots of 32 numbers, 2 written, 1 lane"),
     )
     for axis, rows, key, title in panels:
         for name in [name for name in rows[0] if isinstance(rows[0][name], dict)]:
