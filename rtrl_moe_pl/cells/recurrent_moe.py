@@ -122,24 +122,24 @@ class RecurrentMoE(RoutedCell):
 
     def advance(self, x: Tensor, s: Tensor) -> tuple[Tensor, Routing]:
         slots = s.unflatten(-1, (self.num_slots, self.slot_size))
-        inputs = self._inputs(x)
-        read, written = self._choose_slots(inputs, slots)
-        content = self._content(inputs, take_slots(slots, read), read)
-        routing = Routing(read, written, self._choose_experts(content))
-        new = self._write(inputs, content, take_slots(slots, written), routing)
-        return put_slots(slots, written, new).flatten(1), routing
+        inputs, content, routing = self._choose(x, slots)
+        new = self._write(inputs, content, take_slots(slots, routing.written), routing)
+        return put_slots(slots, routing.written, new).flatten(1), routing
 
     @torch.no_grad()
     def route(self, x: Tensor, s: Tensor) -> Routing:
-        slots = s.unflatten(-1, (self.num_slots, self.slot_size))
-        inputs = self._inputs(x)
-        read, written = self._choose_slots(inputs, slots)
-        content = self._content(inputs, take_slots(slots, read), read)
-        return Routing(read, written, self._choose_experts(content))
+        return self._choose(x, s.unflatten(-1, (self.num_slots, self.slot_size)))[2]
 
     def update(self, x: Tensor, read: Tensor, old: Tensor, routing: Routing) -> Tensor:
         inputs = self._inputs(x)
         return self._write(inputs, self._content(inputs, read, routing.read), old, routing)
+
+    def _choose(self, x: Tensor, slots: Tensor) -> tuple[_Inputs, Tensor, Routing]:
+        """What is chosen from x [N, D] and slots [N, S, d], and what is found on the way: c [N, d]."""
+        inputs = self._inputs(x)
+        read, written = self._choose_slots(inputs, slots)
+        content = self._content(inputs, take_slots(slots, read), read)
+        return inputs, content, Routing(read, written, self._choose_experts(content))
 
     def _inputs(self, x: Tensor) -> _Inputs:
         embedded = self.input_norm(self.embed(x))
@@ -211,16 +211,15 @@ class RecurrentMoE(RoutedCell):
         if not (self.drift_penalty or self.expert_penalty):
             return None
         slots = s.unflatten(-1, (self.num_slots, self.slot_size))
-        inputs, (read, written, experts) = self._inputs(x), self.route(x, s)
-        content = self._content(inputs, take_slots(slots, read), read)
+        inputs, content, routing = self._choose(x, slots)
         total = x.new_zeros(len(s))
         if self.drift_penalty:
-            old = take_slots(slots, written)
-            new = self._write(inputs, content, old, Routing(read, written, experts))
+            old = take_slots(slots, routing.written)
+            new = self._write(inputs, content, old, routing)
             drift = (new.square() - old.square()).sum((1, 2)) / self.slot_size
             total = total + self.drift_penalty * torch.relu(drift)
         if self.expert_penalty:
-            _, answers = self._answers(content, experts)
+            _, answers = self._answers(content, routing.experts)
             total = total + self.expert_penalty * answers.square().mean((1, 2))
         return total
 

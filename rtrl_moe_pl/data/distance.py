@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from rtrl_moe_pl.data.batch import Batch
 from rtrl_moe_pl.data.module import SequenceDataModule
+from rtrl_moe_pl.training.pictures import batches_done, picture_folder, show
 
 _OCTAVES = 40  # distances of 10^12 steps will do
 
@@ -120,19 +120,14 @@ class AccuracyByDistance(Callback):
             right, total = trainer.strategy.reduce(counts, reduce_op="sum").cpu()  # type: ignore[union-attr]
             length = data.evaluation_stream(split, loader).task.max_length
             self.latest.append(self._table(f"length {length:,}", right, total))
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: Lightning asks rank 0
+        folder = picture_folder(trainer)
         asked = any(answers.total for answers in self.latest)
         if not asked or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        batch = max(0, trainer.fit_loop.total_batch_idx)  # by which the scalars of a validation are logged, too
+        batch = batches_done(trainer)
         title = f"validation after {batch + 1:,} batches" if stage == "val" and batch else split
         figure = draw(self.latest, 1 / data.task.num_classes, title)
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{stage}_accuracy_by_distance.png", dpi=120)
-        for logger in trainer.loggers:
-            add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
-            if add_figure is not None:
-                add_figure(f"{stage}/accuracy_by_distance", figure, global_step=batch)
+        show(figure, trainer, folder, stage, "accuracy_by_distance", dpi=120)
 
     def _table(self, name: str, right: Tensor, total: Tensor) -> Distances:
         [used] = total.nonzero(as_tuple=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rtrl_moe_pl.cells.routed import Routing
 from rtrl_moe_pl.gradients.base import (
     GradientAlgorithm,
     WindowResult,
@@ -23,6 +22,7 @@ from rtrl_moe_pl.gradients.memory import (
     readable,
     recurrent_parameters,
 )
+from rtrl_moe_pl.gradients.run_window import RunWindow
 from rtrl_moe_pl.gradients.windows import (
     LossFunction,
     Targets,
@@ -31,7 +31,6 @@ from rtrl_moe_pl.gradients.windows import (
     read_out,
     routings_of,
     starting_steps,
-    unroll,
 )
 from rtrl_moe_pl.linearization import (
     Linearizer,
@@ -150,8 +149,7 @@ class RTRL(GradientAlgorithm):
         if any(starting):
             with torch.enable_grad():
                 initial = cell.initial_state(memory.batch_size)  # type: ignore[operator]
-        window = _Window(cell, inputs, memory.state.clone(), initial, starts, starting)
-        window.routings = routings_of(cell)
+        window = RunWindow(cell, inputs, memory.state.clone(), initial, starts, starting, routings_of(cell))
 
         given, returned = [], []
         if not linearizer.needs_graph():
@@ -195,66 +193,6 @@ class RTRL(GradientAlgorithm):
         return _finish(memory, loss, outputs, grads, returned[-1], window)
 
 
-class _Window:
-    """One window's data, and the ways to run it."""
-
-    def __init__(
-        self,
-        cell: nn.Module,
-        inputs: Tensor,  # [B, k, ..]
-        start: Tensor,  # [B, S]
-        initial: Tensor | None,
-        starts: Tensor | None,
-        starting: list[bool],
-    ) -> None:
-        self.cell, self.inputs, self.start = cell, inputs, start
-        self.initial, self.starts, self.starting = initial, starts, starting
-        self.routings: list[Routing] | None = None  # filled by ``unroll``
-
-    def given(self, states: Tensor) -> Tensor:
-        """The states that the cell was given [k, B, S], of those that were there before every step."""
-        if self.starts is None or self.initial is None:
-            return states
-        return torch.where(self.starts.T[..., None], self.initial, states)
-
-    def cut(self, begin: int, end: int, start: Tensor) -> _Window:
-        """The part from step ``begin`` up to ``end``, whose first step was given the state ``start``."""
-        starts = None if self.starts is None else self.starts[:, begin:end]
-        part = _Window(self.cell, self.inputs[:, begin:end], start, self.initial, starts, self.starting[begin:end])
-        part.routings = self.routings and self.routings[begin:end]
-        return part
-
-    def unroll(self) -> tuple[list[Tensor], list[Tensor]]:
-        initial = None if self.initial is None else self.initial.detach()
-        steps = self.inputs.unbind(1)
-        return unroll(self.cell, steps, self.start, initial, self.starts, self.starting, self.routings)
-
-    @torch.enable_grad()
-    def unroll_with_graph(self) -> tuple[Tensor, list[Tensor]]:
-        leaf = self.start.detach().requires_grad_()
-        routings = None if self.routings else self.routings  # filled once
-        steps = self.inputs.unbind(1)
-        _, returned = unroll(self.cell, steps, leaf, self.initial, self.starts, self.starting, routings)
-        return leaf, returned
-
-    @torch.enable_grad()
-    def linearize(
-        self, linearizer: Linearizer, given: Tensor, returned: Tensor, cotangents: Tensor
-    ) -> Steps | WindowLinearization | None:
-        inputs, starts = self.inputs.transpose(0, 1), (self.starts, self.starting)
-        return linearizer.linearize(inputs, given, returned, cotangents, self.initial, *starts, self.routings or ())
-
-    def linearize_again(self, linearizer: Linearizer, returned: Tensor, cotangents: Tensor) -> WindowLinearization:
-        """Run once more, with the graph, what has already been run without it."""
-        leaf, again = self.unroll_with_graph()
-        if not torch.equal(torch.stack([state.detach() for state in again]), returned):
-            raise RuntimeError(
-                f"{type(self.cell).__name__} gave other states when a window was run again: a random cell must be "
-                "random from its first window on (use train() before training starts)"
-            )
-        return linearizer.linearize_graph(leaf, again, cotangents)
-
-
 def _side_effects(cell: nn.Module, device: torch.device) -> list[Tensor]:
     """What changes if a cell is random or keeps something beside its state: it cannot be run twice."""
     versions = torch.tensor([b._version for b in cell.buffers() if not b.is_inference()])
@@ -267,7 +205,7 @@ def _read(
     readout: nn.Module,
     start: Tensor,  # [B, S]
     states: Tensor,  # [k, B, S]
-    window: _Window,
+    window: RunWindow,
     targets: Targets,
     loss_fn: LossFunction,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
@@ -318,7 +256,7 @@ def _add(found: dict[str, Tensor], grads: dict[str, Tensor]) -> None:
 
 
 def _finish(
-    memory: Memory, loss: Tensor, outputs: Tensor, grads: dict[str, Tensor], state: Tensor, window: _Window
+    memory: Memory, loss: Tensor, outputs: Tensor, grads: dict[str, Tensor], state: Tensor, window: RunWindow
 ) -> WindowResult:
     if window.routings:
         memory.count(window.routings[: window.inputs.shape[1]], window.cell)  # type: ignore[arg-type]

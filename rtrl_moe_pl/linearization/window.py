@@ -181,9 +181,14 @@ def gradient_of(terms: Mapping[Block, list[Term]], shapes: dict[str, torch.Size]
         total = like.new_zeros(block.columns, block.rows)
         for term in found:
             term.add_gradient(total)
-        for name, part in block.split(total, shapes).items():
-            gradients[name] = gradients[name] + part if name in gradients else part
+        add_parts(block.split(total, shapes), gradients)
     return gradients
+
+
+def add_parts(parts: Mapping[str, Tensor], total: dict[str, Tensor]) -> None:
+    """Add what there is by name; a name that ``total`` does not have yet is taken over."""
+    for name, part in parts.items():
+        total[name] = total[name] + part if name in total else part
 
 
 @dataclass

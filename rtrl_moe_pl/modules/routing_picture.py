@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from rtrl_moe_pl.cells import RoutedCell
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.data import Batch
 from rtrl_moe_pl.modules.usage import usage_entropy
+from rtrl_moe_pl.training.pictures import batches_done, picture_folder, show
 
 
 class Trace(NamedTuple):
@@ -92,20 +92,14 @@ class RoutingPicture(Callback):
             self._inputs = batch.inputs[0, : self.steps]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: Lightning asks rank 0
+        folder = picture_folder(trainer)
         quiet = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
         if self._inputs is None or quiet or not trainer.is_global_zero:
             return
         cell: Any = pl_module.cell
         self.latest = trace(cell, self._inputs)
-        batch = max(0, trainer.fit_loop.total_batch_idx)
-        figure = draw(cell, self.latest, f"one sequence, after {batch + 1:,} batches")
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / "val_routing.png", dpi=110)
-        for logger in trainer.loggers:
-            add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
-            if add_figure is not None:
-                add_figure("val/routing", figure, global_step=batch)
+        figure = draw(cell, self.latest, f"one sequence, after {batches_done(trainer) + 1:,} batches")
+        show(figure, trainer, folder, "val", "routing", dpi=110)
 
 
 def cost_table(cell: RoutedCell, trace: Trace) -> list[tuple[str, float, float]]:

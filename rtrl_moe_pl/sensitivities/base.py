@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization import Block, Term, WindowLinearization
-from rtrl_moe_pl.linearization.window import gradient_of
+from rtrl_moe_pl.linearization.window import add_parts, gradient_of
 
 
 class Sensitivity(ABC):
@@ -62,8 +62,7 @@ class Sensitivity(ABC):
             terms: of the window, see ``WindowLinearization``; only their gradients are used.
         """
         gradients = gradient_of(terms, self.shapes, cotangent)
-        for name, part in self.vjp(cotangent).items():
-            gradients[name] = gradients[name] + part if name in gradients else part
+        add_parts(self.vjp(cotangent), gradients)
         return gradients
 
     def contract_and_advance(self, linearization: WindowLinearization) -> dict[str, Tensor]:

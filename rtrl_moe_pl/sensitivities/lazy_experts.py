@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization import Block, ExpertTerm, WindowLinearization
+from rtrl_moe_pl.linearization.window import add_parts
 from rtrl_moe_pl.sensitivities.base import Sensitivity
 from rtrl_moe_pl.sensitivities.block_sparse import BlockSparseSensitivity
 from rtrl_moe_pl.sensitivities.expert_pool import ExpertPool
@@ -56,7 +57,7 @@ class LazyExpertSensitivity(Sensitivity):
             back.append(torch.bmm(back[-1][:, None], jacobian)[:, 0])
         for block, pool in self.pools.items():
             total = pool.contract(torch.stack(back), self.windows)
-            _add(block.split(total, self.shapes), gradients)
+            add_parts(block.split(total, self.shapes), gradients)
         return gradients
 
     # ---- writing
@@ -117,7 +118,7 @@ class LazyExpertSensitivity(Sensitivity):
             for rows, values in self._caught_up(pool, pool.live()):
                 whole[pool.pair_of[rows]] = values.unflatten(2, shape[3:])
             parts = whole.unflatten(0, shape[:2]).permute(0, 2, 1, 4, 3).flatten(2, 3)
-            _add(block.split(parts, self.shapes), dense)
+            add_parts(block.split(parts, self.shapes), dense)
         return dense
 
     def norm(self) -> Tensor:
@@ -160,8 +161,3 @@ class LazyExpertSensitivity(Sensitivity):
         self._shared.load_state_dict(state["shared"])
         self.pools = {pool.block: pool for pool in pools}
         self.windows = state["windows"]
-
-
-def _add(parts: Mapping[str, Tensor], total: dict[str, Tensor]) -> None:
-    for name, part in parts.items():
-        total[name] = total[name] + part if name in total else part

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+from rtrl_moe_pl.cells.base import at_least
 
 
 class Steps(NamedTuple):
@@ -91,6 +94,27 @@ class Task(ABC):
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({options})"
+
+
+class FixedLengthTask(Task):
+    """A task whose sequences all have ``length`` steps: a dataclass with that field. Scaled, nothing else changes."""
+
+    length: int
+
+    @property
+    def min_length(self) -> int:
+        return self.length
+
+    @property
+    def max_length(self) -> int:
+        return self.length
+
+    def lengths(self, seed: int, index: Tensor) -> Tensor:
+        return torch.full_like(index, self.length)
+
+    def scale(self, factor: int) -> Self:
+        at_least(1, "the length factor", factor)
+        return self if factor == 1 else replace(self, length=factor * self.length)  # type: ignore[type-var]
 
 
 def one_of(choices: tuple[str, ...], name: str, value: str) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.randomness import integers
-from rtrl_moe_pl.tasks.base import Steps, Task
+from rtrl_moe_pl.tasks.base import FixedLengthTask, Steps
 
 
 @dataclass(frozen=True, repr=False)
-class DelayedCopy(Task):
+class DelayedCopy(FixedLengthTask):
     """Uniform tokens; the label at step t, asked for at every step from ``delay`` on, is the token of step t - delay.
 
     Chance is 1 / symbols. A state must hold ``delay`` tokens at once: a test of capacity, where Haystack is one of
@@ -44,22 +43,6 @@ class DelayedCopy(Task):
     @property
     def num_classes(self) -> int:
         return self.symbols
-
-    @property
-    def min_length(self) -> int:
-        return self.length
-
-    @property
-    def max_length(self) -> int:
-        return self.length
-
-    def scale(self, factor: int) -> DelayedCopy:
-        """Sequences ``factor`` times as long, at the same delay."""
-        at_least(1, "the length factor", factor)
-        return self if factor == 1 else replace(self, length=factor * self.length)
-
-    def lengths(self, seed: int, index: Tensor) -> Tensor:
-        return torch.full_like(index, self.length)
 
     def at(self, seed: int, index: Tensor, position: Tensor) -> Steps:
         tokens = integers(seed, index, position, low=0, high=self.symbols)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.randomness import integers
-from rtrl_moe_pl.tasks.base import Steps, Task
+from rtrl_moe_pl.tasks.base import FixedLengthTask, Steps
 
 BOS, KEY, SEPARATOR, QUESTION, VALUES = range(5)  # the last is the first of the values
 _VALUE, _PLACE, _TIE, _NOISE, _ASKED = range(5)  # what a draw is for
 
 
 @dataclass(frozen=True, repr=False)
-class Haystack(Task):
+class Haystack(FixedLengthTask):
     """Tokens BOS, noise.., KEY, value, SEP, noise.., Q of one length; the label, asked for at Q alone, is the value.
 
     The noise is drawn from the values: only what follows a key counts. Chance is 1 / values. With several needles
@@ -72,22 +72,6 @@ class Haystack(Task):
     @property
     def num_classes(self) -> int:
         return self.values
-
-    @property
-    def min_length(self) -> int:
-        return self.length
-
-    @property
-    def max_length(self) -> int:
-        return self.length
-
-    def scale(self, factor: int) -> Haystack:
-        """Sequences ``factor`` times as long, with the same least gap."""
-        at_least(1, "the length factor", factor)
-        return self if factor == 1 else replace(self, length=factor * self.length)
-
-    def lengths(self, seed: int, index: Tensor) -> Tensor:
-        return torch.full_like(index, self.length)
 
     def gaps(self, seed: int, index: Tensor) -> Tensor:
         """Distance from the value that is asked for to the question, in steps, of the sequences ``index``."""
