@@ -10,28 +10,18 @@ BPTT against TBPTT at RTRL's window, and against RTRL whose influence is held at
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.command import run
 from benchmarks.common import write
-from rtrl_moe_pl.gradients import RTRL
-from rtrl_moe_pl.linearization import WindowLinearization
-from rtrl_moe_pl.sensitivities import DenseSensitivity, Sensitivity
 
-ROOT = Path(__file__).parent.parent
 WHOLE = ["--data.layout", "sequences", "--model.gradient", "BPTT"]
-HELD = ["--model.gradient", "benchmarks.learning.RTRLWithoutInfluence", "--model.gradient.window", "8"]
+HELD = ["--model.gradient", "benchmarks.controls.RTRLWithoutInfluence", "--model.gradient.window", "8"]
 RUNS: dict[str, tuple[str, list[str]]] = {
     "anbn RTRL, GRU": ("anbn_rtrl", []),
     "anbn RTRL, LSTM": ("anbn_lstm", []),
@@ -46,50 +36,18 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-class _HeldAtZero(DenseSensitivity):
-    """Forgets the influence after every window."""
-
-    def contract_and_advance(self, linearization: WindowLinearization) -> dict[str, Tensor]:
-        gradients = super().contract_and_advance(linearization)
-        self.zero_()
-        return gradients
-
-
-class RTRLWithoutInfluence(RTRL):
-    """The control: everything that RTRL does, but for the carried influence."""
-
-    exact = False
-
-    def __init__(self, window: int) -> None:
-        super().__init__(window, chunk=window)  # a longer chunk would see beyond the window without P
-
-    def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
-        return _HeldAtZero(shapes, state.shape[0], state.shape[1], state.dtype, state.device)
-
-
 def fit(name: str, seed: int) -> dict[str, Any]:
-    """Train one run in a process of its own, and read its curves from TensorBoard's log."""
+    """Train one run, and read its curves."""
     config, extra = RUNS[name]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "rtrl_moe_pl", "fit", "--config", str(ROOT / "configs" / f"{config}.yaml")]
-        command += ["--seed_everything", str(seed), "--trainer.default_root_dir", folder]
-        command += ["--trainer.enable_progress_bar", "false", *extra]
-        begin = time.perf_counter()
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        taken = time.perf_counter() - begin
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-        (events,) = Path(folder).rglob("events.out.tfevents.*")
-        log = EventAccumulator(str(events)).Reload()
-    tags = [tag for tag in log.Tags()["scalars"] if tag.startswith("val/accuracy")]
-    curves = {tag: [(event.step, round(event.value, 4)) for event in log.Scalars(tag)] for tag in tags}
+        done = run("fit", config, ["--seed_everything", str(seed), *extra], folder)
+    tags = [tag for tag in done.figures if tag.startswith("val/accuracy")]
+    curves = {tag: [(step, round(value, 4)) for step, value, _ in done.figures[tag]] for tag in tags}
     reached = [step for step, value in curves["val/accuracy"] if value >= 0.995]
     return {
         "run": name,
         "seed": seed,
-        "seconds": round(taken, 1),
+        "seconds": round(done.seconds, 1),
         "accuracy": {tag: curve[-1][1] for tag, curve in curves.items()},
         "steps": curves["val/accuracy"][-1][0],
         "steps_to_99.5": reached[0] if reached else None,

@@ -2,7 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.memory                 # to 1,048,576 tokens; hours
     python -m benchmarks.memory --longest 16384 --only "BPTT" "BlockRTRL"
-    python -m benchmarks.memory --device cuda
+    python -m benchmarks.memory --device cuda --again
+
+Points are added to benchmarks/results/memory.json as they end; a point that is there is left out.
 
 A recurrent mixture of experts (d = 16, 4 slots, 4 experts, 1 lane) reads one Haystack sequence, delivered in windows of
 512 tokens (BPTT: whole), and takes one gradient. BPTT stops at the first length above the budget. Peaks are those of
@@ -23,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.common import RESULTS, write
+from benchmarks.common import RESULTS, read, write
 from rtrl_moe_pl.cells import RecurrentMoE
 from rtrl_moe_pl.data import Cursor, window
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, BlockRTRL, GradientAlgorithm, LazyExpertRTRL
@@ -94,28 +96,50 @@ def draw(rows: list[dict[str, Any]]) -> None:
     figure.savefig(RESULTS / "memory.png", dpi=120)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| algorithm | tokens | peak of one gradient, MB | of it P | of it a chunk | whole process, MB | ms a token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sparse = "" if "BPTT" in row["algorithm"] else f"{row['influence_mb']:.1f}"
+        chunk = "" if "BPTT" in row["algorithm"] else f"{row['chunk_mb']:.1f}"
+        lines.append(
+            f"| {row['algorithm']} | {row['tokens']:,} | {row['peak_mb']:,.1f} | {sparse} | {chunk} | "
+            f"{row['process_mb']:,.1f} | {row['seconds'] / row['tokens'] * 1e3:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--only", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
     parser.add_argument("--longest", type=int, default=LONG[-1], help="tokens")
+    parser.add_argument("--again", action="store_true", help="also the points that the results have already")
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
         print(json.dumps(point(options.point[0], int(options.point[1]), options.device)))
         return
-    rows: list[dict[str, Any]] = []
-    grid = [(name, n) for name in options.only for n in (SHORT if name in ("BPTT", "TBPTT") else LONG)]
-    for name, tokens in tqdm([(name, n) for name, n in grid if n <= options.longest]):
+    path = RESULTS / "memory.json"
+    rows: list[dict[str, Any]] = read("memory", options.device) if path.exists() else []
+    rows = [row for row in rows if not options.again or row["algorithm"] not in options.only]
+    done = {(row["algorithm"], row["tokens"]) for row in rows}
+    grid = [(tokens, name) for name in options.only for tokens in (SHORT if "BPTT" in name else LONG)]
+    for tokens, name in tqdm([(n, name) for n, name in sorted(grid) if n <= options.longest and (name, n) not in done]):
         if any(row["algorithm"] == name and row["peak_mb"] > BUDGET_MB for row in rows):
             continue
         command = [sys.executable, "-m", "benchmarks.memory", "--device", str(options.device)]
-        done = subprocess.run([*command, "--point", name, str(tokens)], capture_output=True, text=True, check=True)
-        rows.append({"algorithm": name, "tokens": tokens, **json.loads(done.stdout)})
-        print({key: round(value, 1) if isinstance(value, float) else value for key, value in rows[-1].items()})
-    if options.longest == LONG[-1] and len(options.only) == len(ALGORITHMS):
-        print(write("memory", options.device, rows))
-        draw(rows)
+        found = subprocess.run([*command, "--point", name, str(tokens)], capture_output=True, text=True, check=True)
+        rows.append({"algorithm": name, "tokens": tokens, **json.loads(found.stdout)})
+        tqdm.write(
+            str({key: round(value, 1) if isinstance(value, float) else value for key, value in rows[-1].items()})
+        )
+        rows.sort(key=lambda row: (list(ALGORITHMS).index(row["algorithm"]), row["tokens"]))
+        write("memory", options.device, rows)
+    draw(rows)
 
 
 if __name__ == "__main__":

@@ -149,21 +149,51 @@ def draw(results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     panels = (
         (axes[0], [r for r in results["experts"] if r["batch"] == 1], "experts", "experts, 2 in use, 1 lane"),
         (axes[1], [r for r in results["experts"] if r["batch"] == 8], "experts", "experts, 2 in use, 8 lanes"),
         (axes[2], results["slots"], "slots", "slots of 32 numbers, 2 written, 1 lane"),
     )
+    colours = {"BPTT": "tab:green", "RTRL": "tab:purple", "BlockRTRL": "tab:orange", "LazyExpertRTRL": "tab:blue"}
+    styles = {"": "o-", "block": "s--", "best": "o-", "window 1": "^:"}
     for axis, rows, key, title in panels:
         for name in [name for name in rows[0] if isinstance(rows[0][name], dict)]:
-            axis.plot([r[key] for r in rows], [r[name]["us_per_token"] / 1000 for r in rows], "o-", label=name)
+            algorithm, _, form = name.partition(", ")
+            times = [r[name]["us_per_token"] / 1000 for r in rows]
+            axis.plot([r[key] for r in rows], times, styles[form], color=colours[algorithm], label=name)
         axis.set(xscale="log", yscale="log", xlabel=title, ylabel="ms per token")
-        axis.set_xticks([r[key] for r in rows], [str(r[key]) for r in rows], minor=False)
-        axis.grid(alpha=0.3)
+        axis.set_xticks([r[key] for r in rows], [str(r[key]) for r in rows])
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+        axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(RESULTS / "moe_scaling.png", dpi=120)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The three parts in Markdown: ms a token, and over BPTT."""
+    parts = (("one", "batch", "lanes"), ("experts", "experts", "experts"), ("slots", "slots", "slots"))
+    lines = []
+    for part, key, label in parts:
+        rows = results[part]
+        names = list(dict.fromkeys(name for row in rows for name in row if isinstance(row[name], dict)))
+        experts = part == "experts"
+        head = ["lanes", label, "used in a block"] if experts else [label]
+        lines += ["", f"| {' | '.join([*head, *names])} |", "|---" * (len(head) + len(names)) + "|"]
+        for row in rows:
+            first = [row["batch"], row["experts"], row["used"]] if experts else [row[key]]
+            cells = [_cell(row.get(name)) for name in names]
+            lines.append(f"| {' | '.join([*map(str, first), *cells])} |")
+    return "\n".join(lines[1:])
+
+
+def _cell(found: dict[str, float] | None) -> str:
+    if found is None:
+        return ""
+    influence = f", {found['influence_mb']:,.1f} MB" if found.get("influence_mb") else ""
+    return f"{found['us_per_token'] / 1000:.2f} ({found['over_bptt']:.2f}x{influence})"
 
 
 PARTS = {"one": one, "experts": experts, "slots": slots}

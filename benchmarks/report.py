@@ -6,6 +6,7 @@ python -m benchmarks.report
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks import haystack_report, memory, moe_scaling
 from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parent / "README.md"
@@ -25,9 +27,8 @@ COLOURS = {
 }
 
 
-def load(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def cell(value: Any, key: str | None = None) -> str:
@@ -41,12 +42,12 @@ def cell(value: Any, key: str | None = None) -> str:
     return f"{value['us_per_token']:,.0f} ({value[key]:.2f}x)" if key in value else f"{value['us_per_token']:,.0f}"
 
 
-def step_table(found: dict[str, Any]) -> str:
+def step_table(results: dict[str, Any]) -> str:
     lines = [
         "| cell | n | B | BPTT | RTRL(1) | RTRL(8) | RTRL(n/2) | RTRL(n) | share of peak | naive | naive / RTRL(n) |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in found["results"]["rows"]:
+    for row in results["rows"]:
         n = row["n"]
         whole, naive = row.get(f"RTRL({n})"), row.get("naive")
         share = f"{whole['share_of_peak']:.0%}" if isinstance(whole, dict) else ""
@@ -58,7 +59,7 @@ def step_table(found: dict[str, Any]) -> str:
             f"{cell(naive)} | {over} |"
         )
     lines.append("")
-    for update in found["results"]["influence_update"]:
+    for update in results["influence_update"]:
         lines.append(
             f"Influence update at n = {update['n']}, B = {update['batch']}: P <- J P + M at "
             f"{update['update_share_of_sgemm']:.0%} of the sgemm peak, J P alone at "
@@ -67,12 +68,12 @@ def step_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def learning_table(found: dict[str, Any]) -> str:
+def learning_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| run | seed | accuracy | at 2x | at 4x | 99.5 % first seen at | steps | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in found["results"]:
+    for row in rows:
         accuracy = row["accuracy"]
         values = [f"{accuracy[t]:.1%}" for t in ("val/accuracy", "val/accuracy_2x", "val/accuracy_4x")]
         first = "" if row["steps_to_99.5"] is None else f"step {row['steps_to_99.5']}"
@@ -82,9 +83,9 @@ def learning_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def memory_table(found: dict[str, Any]) -> str:
+def memory_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| method | tokens | peak of the process, MiB | of training | us per token |", "|---|---|---|---|---|"]
-    for row in found["results"]:
+    for row in rows:
         lines.append(
             f"| {row['method']} | {row['tokens']:,} | {row['peak_MiB']:.1f} | {row['of_training_MiB']:.1f} | "
             f"{row['us_per_token']:.0f} |"
@@ -147,21 +148,23 @@ def draw_step_time(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    page = PAGE.read_text()
-    for name, table in (
-        ("step_time_cpu_1", step_table),
-        ("learning", learning_table),
-        ("constant_memory", memory_table),
-    ):
-        found = load(name)
-        if found is not None:
-            page = insert(page, name, f"\n{facts(found)}\n\n{table(found)}\n")
+    tables: dict[str, Callable[[Any], str]] = {
+        "step_time_cpu_1": step_table,
+        "moe_scaling": moe_scaling.table,
+        "learning": learning_table,
+        "haystack_learning": haystack_report.table,
+        "memory": memory.table,
+        "constant_memory": memory_table,
+    }
+    page, found = PAGE.read_text(), {name: load(name) for name in [*tables, "truncation_bias"]}
+    for name, table in tables.items():
+        page = insert(page, name, f"\n{facts(found[name])}\n\n{table(found[name]['results'])}\n")
     PAGE.write_text(page)
-    learning, times = load("learning"), load("step_time_cpu_1")
-    if learning is not None:
-        draw_recall(learning)
-    if times is not None:
-        draw_step_time(times)
+    draw_recall(found["learning"])
+    draw_step_time(found["step_time_cpu_1"])
+    moe_scaling.draw(found["moe_scaling"]["results"])
+    memory.draw(found["memory"]["results"])
+    haystack_report.draw(found["haystack_learning"]["results"], found["truncation_bias"]["results"])
 
 
 if __name__ == "__main__":

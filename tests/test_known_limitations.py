@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rtrl_moe_pl.cells import GRU, Cell, SimpleRNN, VanillaRNN
+from rtrl_moe_pl.cells import GRU, Cell, RecurrentMoE, Routing, SimpleRNN, Stack, VanillaRNN
 from rtrl_moe_pl.cli import main
-from rtrl_moe_pl.gradients import BPTT, RTRL, MemoryForecastError, parameter_paths, sequence_gradient
+from rtrl_moe_pl.gradients import BPTT, RTRL, BlockRTRL, MemoryForecastError, parameter_paths, sequence_gradient
 from rtrl_moe_pl.gradients import rtrl as rtrl_module
 from rtrl_moe_pl.gradients.memory import Memory
 from tests.modules.helpers import data, module, trainer
@@ -172,3 +172,25 @@ def test_stream_of_other_lanes_begins_anew(tmp_path: Path) -> None:
     first.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match="stream"):
         trainer(tmp_path, max_steps=8).fit(module(), data(batch_size=2), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_routed_cell_in_a_stack_is_dense() -> None:
+    stack = Stack([RecurrentMoE(3, 4, 3, 2)])
+    with pytest.raises(ValueError, match="Stack is none: use RTRL"):
+        BlockRTRL(window=4).init(stack, 2)
+    assert one_window(stack).used is None
+    assert one_window(RecurrentMoE(3, 4, 3, 2)).used is not None
+
+
+class RandomUpdate(RecurrentMoE):
+    def update(self, x: Tensor, read: Tensor, old: Tensor, routing: Routing) -> Tensor:
+        return nn.functional.dropout(super().update(x, read, old, routing))
+
+
+def test_routed_cells_have_no_slow_path() -> None:
+    cell, inputs = RandomUpdate(3, 4, 3, 2), torch.randn(2, 4, 3)
+    algorithm, readout = BlockRTRL(window=4), nn.Linear(12, 1)
+    with pytest.raises(ValueError, match=r"cannot be trained by its rows: it draws random numbers.*use RTRL"):
+        algorithm.step(cell, readout, inputs, inputs[:, :, :1], squared, algorithm.init(cell, 2))
+    with pytest.warns(UserWarning, match="exact but slow"):
+        one_window(cell)

@@ -34,6 +34,17 @@ trainer:
   enable_progress_bar: false
   callbacks: [{class_path: AccuracyByDistance}]
 """
+BALANCED = """
+model:
+  class_path: SequenceModule
+  init_args:
+    cell: {class_path: RecurrentMoE, init_args: {slot_size: 4, num_slots: 3, num_experts: 5, balance_rate: 0.03}}
+    gradient: {class_path: LazyExpertRTRL, init_args: {window: 4}}
+data:
+  class_path: DelayedRecallDataModule
+  init_args: {batch_size: 4, steps_per_batch: 8, batches_per_epoch: 6, validation_size: 5}
+trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}
+"""
 
 
 def run(folder: Path, processes: int, batch_size: int, *checkpoint: str) -> list[dict[str, list[torch.Tensor]]]:
@@ -74,27 +85,42 @@ def test_two_processes_see_what_one_sees(tmp_path: Path):
             assert torch.equal(a, b)
 
 
+def fit_alone_and_together(folder: Path, config: str) -> list[Path]:
+    """Train on one process and on two with half the batch each; the two folders of logs."""
+    (folder / "config.yaml").write_text(config)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name, options in (("alone", ()), ("both", ("--trainer.devices", "2", "--data.batch_size", "2"))):
+        command = [sys.executable, "-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", *options]
+        command += ["--trainer.default_root_dir", str(folder / name)]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return [folder / name / "lightning_logs" / "version_0" for name in ("alone", "both")]
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
 def test_two_processes_are_promoted_together(tmp_path: Path):
     """As one process with the double batch: the same lengths, weights and best checkpoint, evaluated in windows."""
-    (tmp_path / "config.yaml").write_text(CURRICULUM)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    found = []
-    for options in ((), ("--trainer.devices", "2", "--data.batch_size", "2")):
-        folder = tmp_path / str(len(found))
-        command = [sys.executable, "-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", *options]
-        command += ["--trainer.default_root_dir", str(folder)]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        version = folder / "lightning_logs" / "version_0"
-        assert (version / "val_accuracy_by_distance.png").is_file()
-        [best] = [path for path in (version / "checkpoints").glob("best-*.ckpt")]
-        found.append((best.name, torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)))
-    (best, alone), (best_of_two, both) = found
-    assert best == best_of_two
+    versions = fit_alone_and_together(tmp_path, CURRICULUM)
+    assert all((version / "val_accuracy_by_distance.png").is_file() for version in versions)
+    [best], [best_of_two] = [list((version / "checkpoints").glob("best-*.ckpt")) for version in versions]
+    alone, both = [torch.load(version / "checkpoints" / "last.ckpt", weights_only=True) for version in versions]
+    assert best.name == best_of_two.name
     assert alone["HaystackDataModule"]["curriculum"] == both["HaystackDataModule"]["curriculum"]
     assert alone["HaystackDataModule"]["curriculum"]["length"] == 16
     assert alone["global_step"] == both["global_step"]
     for name, value in alone["state_dict"].items():
         torch.testing.assert_close(both["state_dict"][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_two_processes_balance_together(tmp_path: Path):
+    """Experts and slots are balanced by what all lanes chose, not by a process's own: the same biases as alone."""
+    versions = fit_alone_and_together(tmp_path, BALANCED)
+    alone, both = [torch.load(version / "checkpoints" / "last.ckpt", weights_only=True) for version in versions]
+    biases = [name for name in alone["state_dict"] if name.endswith("_bias") and name.startswith("cell.")]
+    assert {"cell.read_bias", "cell.write_bias", "cell.expert_bias"} <= set(biases)
+    assert all(alone["state_dict"][name].any() for name in biases)
+    for name, value in alone["state_dict"].items():
+        torch.testing.assert_close(both["state_dict"][name], value, rtol=1e-4, atol=1e-5)

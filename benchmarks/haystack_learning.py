@@ -1,0 +1,155 @@
+"""What is learned from values hidden in long streams, and what truncated gradients miss. Three seeds of each.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.haystack_learning              # what is not in the results yet; hours
+    python -m benchmarks.haystack_learning --only "moe" --seeds 0 --parallel 2
+
+Runs are added to benchmarks/results/haystack_learning.json as they end; a run that is there is left out. Their logs and
+checkpoints are kept in lightning_logs/haystack_learning.
+
+*curriculum*: the shipped configurations, 64 to 2,048 tokens, every gap above twice the window of 16 steps.
+*gap*: 192 tokens, every gap above twice the largest window, 64 steps; all algorithms on the same data.
+*uniform*: 64 tokens, gaps from 2 to 61 steps: what truncated gradients learn from the values within their windows.
+*moe*: the mixture of experts, windows of 4 steps. Trained models are tested at lengths up to 1,048,576.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.command import ROOT, Run, run
+from benchmarks.common import RESULTS, write
+
+LOGS = ROOT / "lightning_logs" / "haystack_learning"
+NAME = "haystack_learning"
+TESTED = {2048: 4096, 16384: 4096, 131072: 512, 1048576: 64}  # sequences by length
+
+
+def gradient(name: str, window: int | None = None) -> list[str]:
+    return ["--model.gradient", name, *([] if window is None else ["--model.gradient.window", str(window)])]
+
+
+def fixed(length: int, min_gap: int, epochs: int) -> list[str]:
+    """One length without curriculum, batches of 64 lanes x 64 steps."""
+    options = {
+        "model.cell.max_memory": 4 * length,
+        "data.curriculum": "null",
+        "data.length": length,
+        "data.min_gap": min_gap,
+        "data.steps_per_batch": 64,
+        "data.batches_per_epoch": 150,
+        "trainer.max_epochs": epochs,
+    }
+    return [text for key, value in options.items() for text in (f"--{key}", str(value))]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of the command line; ``tested``: the longest length at which what it learned is tested afterwards."""
+
+    config: str
+    options: list[str]
+    tested: int = 0
+
+
+HELD, LAZY_HELD = "benchmarks.controls.RTRLWithoutInfluence", "benchmarks.controls.LazyExpertRTRLWithoutInfluence"
+WHOLE = ["--data.layout", "sequences"]
+GAP, UNIFORM = fixed(192, 129, 20), fixed(64, 2, 10)
+LONG = [
+    *("--data.curriculum", "[16,32,64,128,256]", "--data.length", "512", "--trainer.max_epochs", "60"),
+    *("--data.validation_window", "512"),
+]
+JOBS: dict[str, Job] = {
+    "curriculum RTRL(16)": Job("haystack_rtrl", [], tested=1048576),
+    "curriculum TBPTT(16)": Job("haystack_tbptt", [], tested=2048),
+    "curriculum RTRL(16), influence held at zero": Job("haystack_rtrl", gradient(HELD, 16), tested=2048),
+    "gap RTRL(16)": Job("haystack_rtrl", GAP),
+    "gap BPTT": Job("haystack_rtrl", [*GAP, *WHOLE, *gradient("BPTT")]),
+    **{f"gap TBPTT({k})": Job("haystack_rtrl", [*GAP, *gradient("TBPTT", k)]) for k in (16, 32, 64)},
+    "gap RTRL(16), influence held at zero": Job("haystack_rtrl", [*GAP, *gradient(HELD, 16)]),
+    "uniform RTRL(16)": Job("haystack_rtrl", UNIFORM, tested=2048),
+    **{
+        f"uniform TBPTT({k})": Job("haystack_rtrl", [*UNIFORM, *gradient("TBPTT", k)], tested=2048)
+        for k in (2, 4, 8, 16, 32)
+    },
+    "moe LazyExpertRTRL(4)": Job("haystack_moe_lazy", []),
+    "moe TBPTT(4)": Job("haystack_moe_lazy", gradient("TBPTT", 4)),
+    "moe LazyExpertRTRL(4), influence held at zero": Job("haystack_moe_lazy", gradient(LAZY_HELD, 4)),
+    "moe to 512 LazyExpertRTRL(4)": Job("haystack_moe_lazy", LONG, tested=1048576),
+}
+
+
+def fit(name: str, seed: int) -> dict[str, Any]:
+    """Train one, and test it."""
+    job, folder = JOBS[name], LOGS / f"{name.replace(' ', '_')}_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = run("fit", job.config, ["--seed_everything", str(seed), *job.options], folder)
+    result = {"run": name, "seed": seed, "seconds": round(done.seconds), "curve": curve(done)}
+    usage = ("read_entropy", "write_entropy", "unwritten_slots", "expert_entropy", "dead_experts")
+    result |= {tag: round(done.figures[f"train/{tag}"][-1][1], 4) for tag in usage if f"train/{tag}" in done.figures}
+    checkpoint = str(done.folder / "checkpoints" / "last.ckpt")
+    result["test"] = {
+        str(length): {"samples": samples, "accuracy": test(job, checkpoint, folder, length, samples)}
+        for length, samples in TESTED.items()
+        if length <= job.tested
+    }
+    return result
+
+
+def curve(done: Run) -> list[dict[str, float]]:
+    """Every validation: the step, seconds since the beginning, the length and the accuracy at this length."""
+    lengths = dict((step, value) for step, value, _ in done.figures["train/length"])
+    return [
+        {"step": step, "seconds": round(seconds, 1), "length": int(lengths[step]), "accuracy": round(accuracy, 4)}
+        for step, accuracy, seconds in done.figures["val/accuracy"]
+    ]
+
+
+def test(job: Job, checkpoint: str, folder: Any, length: int, samples: int) -> float:
+    options = {
+        "data.length": length,
+        "data.curriculum": "null",
+        "data.layout": "stream",
+        "data.validation_size": samples,
+        "data.validation_batch_size": min(samples, 512),
+        "data.validation_window": 1024,
+        "data.validation_scales": "[1]",
+        "ckpt_path": checkpoint,
+    }
+    texts = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    done = run("test", job.config, [*job.options, *texts], folder)
+    return round(done.figures["test/accuracy"][-1][1], 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="runs whose name begins so")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--parallel", type=int, default=2)
+    arguments = parser.parse_args()
+    path = RESULTS / f"{NAME}.json"
+    results: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.exists() else []
+    done = {(row["run"], row["seed"]) for row in results}
+    jobs = [(name, seed) for seed in arguments.seeds for name in JOBS if name.startswith(arguments.only)]
+    jobs = [job for job in jobs if job not in done]
+    with ThreadPoolExecutor(arguments.parallel) as pool:
+        for ended in tqdm(as_completed([pool.submit(fit, *job) for job in jobs]), total=len(jobs)):
+            row = ended.result()
+            results.append(row)
+            results.sort(key=lambda row: (list(JOBS).index(row["run"]), row["seed"]))
+            write(NAME, torch.device("cpu"), results)
+            last, tested = row["curve"][-1], {n: f"{t['accuracy']:.1%}" for n, t in row["test"].items()}
+            tqdm.write(
+                f"{row['run']}, seed {row['seed']}: length {last['length']} {last['accuracy']:.1%} after "
+                f"{last['seconds']:.0f} s; tested: {tested}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The table and the picture of haystack_learning and truncation_bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.common import RESULTS
+from benchmarks.haystack_learning import TESTED
+
+CHANCE = 0.25
+EXACT, WHOLE, TRUNCATED, HELD = "tab:blue", "tab:green", "tab:red", "tab:orange"
+
+Rows = Sequence[dict[str, Any]]
+
+
+def table(rows: Rows) -> str:
+    lines = [
+        f"| run | seed | length reached | accuracy there | minutes to it | {' | '.join(f'{n:,}' for n in TESTED)} | "
+        "experts in use (entropy) |",
+        "|---|---|---|---|---|" + "---|" * len(TESTED) + "---|",
+    ]
+    for row in rows:
+        length = row["curve"][-1]["length"]
+        there = [point for point in row["curve"] if point["length"] == length]
+        best = max(point["accuracy"] for point in there)
+        first = next(point for point in there if point["accuracy"] >= min(best, 0.99))
+        tested = [f"{row['test'][str(n)]['accuracy']:.1%}" if str(n) in row["test"] else "" for n in TESTED]
+        entropy = f"{row['expert_entropy']:.2f}" if "expert_entropy" in row else ""
+        lines.append(
+            f"| {row['run']} | {row['seed']} | {length:,} | {best:.1%} | {first['seconds'] / 60:.1f} | "
+            f"{' | '.join(tested)} | {entropy} |"
+        )
+    samples = ", ".join(f"{samples:,} at {length:,}" for length, samples in TESTED.items())
+    lines += ["", f"Sequences in the tests behind training: {samples}. Chance is 25 %."]
+    return "\n".join(lines)
+
+
+def colour(run: str) -> str:
+    if "held at zero" in run:
+        return HELD
+    return TRUNCATED if "TBPTT" in run else WHOLE if "BPTT" in run else EXACT
+
+
+def draw(rows: Rows, bias: Rows) -> None:
+    """benchmarks/results/haystack_learning.png."""
+    figure, ((lengths, gap, moe), (uniform, cosine, long)) = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    _lengths(lengths, [row for row in rows if row["run"].startswith("curriculum")], "GRU of 16, windows of 16 steps")
+    _lengths(moe, [row for row in rows if row["run"].startswith("moe")], "Mixture of experts, windows of 4 steps")
+    _accuracy(gap, [row for row in rows if row["run"].startswith("gap")])
+    _uniform(uniform, [row for row in rows if row["run"].startswith("uniform")])
+    _bias(cosine, bias)
+    _long(long, [row for row in rows if str(max(TESTED)) in row["test"]])
+    figure.savefig(RESULTS / "haystack_learning.png", dpi=110)
+
+
+def _lengths(axes: Axes, rows: Rows, title: str) -> None:
+    """Accuracy at the length that is being trained, in units of the stage: n + accuracy."""
+    stages = sorted({point["length"] for row in rows for point in row["curve"]})
+    for row in rows:
+        done = [stages.index(point["length"]) + point["accuracy"] for point in row["curve"]]
+        first = row["seed"] == 0
+        label = row["run"].split(" ", 1)[1] if first and "to 512" not in row["run"] else None
+        axes.plot([point["seconds"] / 60 for point in row["curve"]], done, color=colour(row["run"]), label=label)
+    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1)
+    axes.set_yticks([i + 1 for i in range(len(stages))], [f"{n:,}" for n in stages])
+    axes.set(xlabel="minutes", ylabel="length learned (steps)", ylim=(0, None), title=title)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _accuracy(axes: Axes, rows: Rows) -> None:
+    styles = {"TBPTT(32)": "--", "TBPTT(64)": ":"}
+    for row in rows:
+        name = row["run"].split(" ", 1)[1]
+        steps, values = zip(*((point["step"], point["accuracy"]) for point in row["curve"]), strict=True)
+        label = name if row["seed"] == 0 else None
+        axes.plot(steps, values, color=colour(name), linestyle=styles.get(name, "-"), label=label)
+    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1)
+    axes.set(xlabel="optimizer steps", ylabel="accuracy", ylim=(0, 1.03), title="192 steps, gaps from 129")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _uniform(axes: Axes, rows: Rows) -> None:
+    for length, at, marker in (
+        ("64 (trained)", lambda row: row["curve"][-1]["accuracy"], "o"),
+        ("2,048", lambda row: row["test"]["2048"]["accuracy"], "s"),
+    ):
+        points = [(int(row["run"].split("(")[1].rstrip(")")), at(row)) for row in rows if "TBPTT" in row["run"]]
+        exact = [at(row) for row in rows if "TBPTT" not in row["run"]]
+        (line,) = axes.plot(*zip(*_means(points), strict=True), marker=marker, label=f"TBPTT(k), at {length}")
+        axes.plot(*zip(*points, strict=True), marker, color=line.get_color(), alpha=0.35)
+        axes.axhline(mean(exact), color=line.get_color(), linestyle=":", label=f"RTRL(16), at {length}")
+    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+    axes.set(xlabel="window k", ylabel="accuracy", ylim=(0, 1.03), title="Trained on 64 steps, gaps from 2 to 61")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _means(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(k, mean(value for other, value in points if other == k)) for k in sorted({k for k, _ in points})]
+
+
+def _bias(axes: Axes, rows: Rows) -> None:
+    for of, style in (("initial", "--"), ("trained", "-")):
+        for min_gap, hue in ((2, "tab:purple"), (33, "tab:brown")):
+            points = [(r["window"], r["cosine"]) for r in rows if (r["of"], r["min_gap"]) == (of, min_gap)]
+            axes.plot(
+                *zip(*_means(points), strict=True), style, color=hue, marker="o", label=f"{of}, gaps from {min_gap}"
+            )
+    axes.axhline(0, color="grey", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+    axes.set(xlabel="window k", ylabel="cosine with the exact gradient", title="TBPTT(k)'s gradient over 64 steps")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _long(axes: Axes, rows: Rows) -> None:
+    for row in rows:
+        style, name = ("s--", "mixture of experts") if row["run"].startswith("moe") else ("o-", "GRU")
+        points = [(int(length), found["accuracy"]) for length, found in row["test"].items()]
+        label = f"{name}, trained to {row['curve'][-1]['length']:,}" if row["seed"] == 0 else None
+        axes.plot(*zip(*points, strict=True), style, color="tab:cyan" if "moe" in row["run"] else EXACT, label=label)
+    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set(xlabel="length (steps)", ylabel="accuracy", ylim=(0, 1.03), title="Asked for after longer streams")
+    axes.legend(frameon=False, fontsize=8)
