@@ -114,11 +114,10 @@ def experts(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
             runs = {
                 "BPTT": (point.run("BPTT", BPTT(), BLOCK), BLOCK),
                 "LazyExpertRTRL": (point.run("LazyExpertRTRL", LazyExpertRTRL(**block), BLOCK), BLOCK),
-                "LazyExpertRTRL, block": (
-                    point.run("LazyExpertRTRL, block", LazyExpertRTRL(**block, catch_up="block"), BLOCK),
-                    BLOCK,
-                ),
             }
+            for kind in ("tree", "block"):
+                name = f"LazyExpertRTRL, {kind}"
+                runs[name] = point.run(name, LazyExpertRTRL(**block, catch_up=kind), BLOCK), BLOCK
             if batch == 1:
                 runs["BlockRTRL"] = point.run("BlockRTRL", BlockRTRL(**block), BLOCK), BLOCK
                 runs["RTRL"] = point.run("RTRL", RTRL(window=64), 128), 128
@@ -156,7 +155,7 @@ def draw(results: dict[str, Any]) -> None:
         (axes[2], results["slots"], "slots", "slots of 32 numbers, 2 written, 1 lane"),
     )
     colours = {"BPTT": "tab:green", "RTRL": "tab:purple", "BlockRTRL": "tab:orange", "LazyExpertRTRL": "tab:blue"}
-    styles = {"": "o-", "block": "s--", "best": "o-", "window 1": "^:"}
+    styles = {"": "o-", "tree": "^:", "block": "s--", "best": "o-", "window 1": "^:"}
     for axis, rows, key, title in panels:
         for name in [name for name in rows[0] if isinstance(rows[0][name], dict)]:
             algorithm, _, form = name.partition(", ")

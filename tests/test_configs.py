@@ -82,6 +82,15 @@ def test_the_control_differs_in_the_gradient_alone(task: str) -> None:
     assert exact == truncated
 
 
+def test_the_mixtures_of_experts_differ_in_the_gradient_alone() -> None:
+    block, lazy = load("haystack_moe_rtrl"), load("haystack_moe_lazy")
+    window = block["model"]["init_args"].pop("gradient")
+    assert window == {"class_path": "BlockRTRL", "init_args": {"window": 4}}
+    assert lazy["model"]["init_args"].pop("gradient") == {**window, "class_path": "LazyExpertRTRL"}
+    assert block["data"]["init_args"]["min_gap"] > 2 * 4
+    assert block == lazy
+
+
 def test_haystack_1m_evaluates_a_checkpoint_of_haystack_rtrl(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Of a shorter run, on fewer and shorter sequences: the other options are as they are."""
     exact, million = load("haystack_rtrl"), load("haystack_1m")
@@ -104,10 +113,10 @@ class NoInfluence(RTRL):
     """RTRL whose influence is held at zero."""
 
     def step(
-        self, cell: Any, readout: Any, inputs: Tensor, targets: Any, loss_fn: Any, memory: Memory, starts: Any = None
+        self, cell: Any, readout: Any, inputs: Tensor, targets: Any, loss_fn: Any, memory: Memory, *more: Any
     ) -> WindowResult:
         memory.sensitivity.zero_()
-        return super().step(cell, readout, inputs, targets, loss_fn, memory, starts)
+        return super().step(cell, readout, inputs, targets, loss_fn, memory, *more)
 
 
 def accuracies(folder: Path) -> dict[str, float]:
@@ -149,6 +158,22 @@ def test_only_carried_influence_finds_the_needle(tmp_path: Path, config: str, le
     accuracy = accuracies(tmp_path)["val/accuracy"]
     assert reached["length"] >= 128 if learns else reached == {"length": 64, "passed": False, "validation_due": False}
     assert learns or 0.15 <= accuracy <= 0.35  # chance is 1/4; 0.1 is 5 standard errors of 512
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gradient", "learns"),
+    [
+        ('{"class_path": "LazyExpertRTRL", "init_args": {"window": 4}}', True),
+        ('{"class_path": "TBPTT", "init_args": {"window": 4}}', False),
+    ],
+)
+def test_only_carried_influence_trains_experts(tmp_path: Path, gradient: str, learns: bool) -> None:
+    """One epoch of sixteen, at the first of three lengths. Later on truncation is at chance: see the benchmark."""
+    quick = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--config", str(CONFIGS / "haystack_moe_lazy.yaml"), "--model.gradient", gradient, *quick]) == 0
+    accuracy = accuracies(tmp_path)["val/accuracy"]
+    assert accuracy >= 0.9 if learns else 0.15 <= accuracy <= 0.45
 
 
 @pytest.mark.slow

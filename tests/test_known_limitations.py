@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rtrl_moe_pl.cells import GRU, Cell, RecurrentMoE, Routing, SimpleRNN, Stack, VanillaRNN
+from rtrl_moe_pl.cells import GRU, Cell, RecurrentMoE, RoutedCell, Routing, SimpleRNN, Stack, VanillaRNN
 from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.gradients import BPTT, RTRL, BlockRTRL, MemoryForecastError, parameter_paths, sequence_gradient
 from rtrl_moe_pl.gradients import rtrl as rtrl_module
@@ -182,14 +182,24 @@ def test_a_routed_cell_in_a_stack_is_dense() -> None:
     assert one_window(RecurrentMoE(3, 4, 3, 2)).used is not None
 
 
-class RandomUpdate(RecurrentMoE):
+class RandomSlot(RoutedCell):
+    """The last slot of two is read, the first is written at random."""
+
+    def __init__(self) -> None:
+        super().__init__(3, num_slots=2, slot_size=3, read_slots=1, write_slots=1)
+        self.layer = nn.Linear(3, 3)
+
+    def route(self, x: Tensor, s: Tensor) -> Routing:
+        first = torch.zeros(len(x), 1, dtype=torch.long)
+        return Routing(first + 1, first, first[:, :0])
+
     def update(self, x: Tensor, read: Tensor, old: Tensor, routing: Routing) -> Tensor:
-        return nn.functional.dropout(super().update(x, read, old, routing))
+        return nn.functional.dropout(torch.tanh(self.layer(x)[:, None] + old))
 
 
 def test_routed_cells_have_no_slow_path() -> None:
-    cell, inputs = RandomUpdate(3, 4, 3, 2), torch.randn(2, 4, 3)
-    algorithm, readout = BlockRTRL(window=4), nn.Linear(12, 1)
+    cell, inputs = RandomSlot(), torch.randn(2, 4, 3)
+    algorithm, readout = BlockRTRL(window=4), nn.Linear(6, 1)
     with pytest.raises(ValueError, match=r"cannot be trained by its rows: it draws random numbers.*use RTRL"):
         algorithm.step(cell, readout, inputs, inputs[:, :, :1], squared, algorithm.init(cell, 2))
     with pytest.warns(UserWarning, match="exact but slow"):

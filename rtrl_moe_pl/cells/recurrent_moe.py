@@ -28,8 +28,8 @@ class RecurrentMoE(RoutedCell):
 
     All other slots stay exactly as they are: a slot that is not written keeps its content for ever. A gate depends on
     the chosen scores alone (a softmax over all would let what is not chosen matter), and is no share of one, which
-    for a single choice would be constant. A state within [-1, 1] stays there, whatever the inputs. Scores depend on
-    the slot and on the input, so that routing does not freeze.
+    for a single choice would be constant. A state within [-1, 1] stays there, whatever the inputs (``orthogonal``:
+    within [-sqrt d, sqrt d]). Scores depend on the slot and on the input, so that routing does not freeze.
 
     The biases ``read_bias``, ``write_bias`` and ``expert_bias`` take part in the choice alone; ``balance`` moves them
     towards what is used too little. They are buffers: no gradient, saved with the weights.
@@ -38,23 +38,25 @@ class RecurrentMoE(RoutedCell):
         input_size: D.
         slot_size, num_slots, num_experts: d, S and E, at least 1.
         read_slots, write_slots, active_experts: R, W and A, how many are chosen; all of them makes a dense cell.
-        max_memory: T, in steps, at least 2: begin with gates that keep a slot that is written at every step for 2..T
-            steps (``chrono_bias``).
+        max_memory: T, in steps, at least 2: begin with sigmoid(u) of about 1/T..1/2, so that a slot that is written at
+            every step is kept for that many steps or longer (``chrono_bias``).
         temperature: tau, which divides the scores inside the sigmoids; towards 0 they become choices. An attribute,
             to be changed between batches, saved with the weights.
         balance_rate, slot_balance_rate: by how much ``balance`` moves a bias; 0 for not at all.
-        drift_penalty: weight of max(0, |s'|^2 - |s|^2) / d, growth of the state's norm (its Lyapunov function).
-        expert_penalty: weight of the mean square of the chosen experts' answers.
+        drift_penalty: weight of max(0, |s'|^2 - |s|^2) / d, growth of the state's norm (its Lyapunov function),
+            for each step (``SequenceModule``: their mean, beside the mean loss of what is labelled).
+        expert_penalty: weight of the mean square of the chosen experts' answers, likewise.
         orthogonal: write only what is orthogonal to a slot's old content, v with its part along s_i removed.
         learned_initial_state: see ``Cell``.
 
     Raises:
         ValueError: for a number of choices below 1 or above what there is, or an option out of range.
-    Cost: about (3 R + 2 W + A + 6) d^2 + (S + E) d multiply-adds a row.
+    Cost: (4 R + 2 W + A + 6) d^2 + (2 S + E + D) d multiply-adds a row.
     References: Shazeer et al. 2017, arXiv:1701.06538 (experts chosen by score); Goyal et al. 2021, arXiv:1909.10893
         (slots of which few are active); Wang et al. 2024, arXiv:2408.15664 (balancing by biases).
     """
 
+    banks = ("router", "expert_weight", "expert_offset")
     read_bias: Tensor
     write_bias: Tensor
     expert_bias: Tensor
@@ -199,7 +201,7 @@ class RecurrentMoE(RoutedCell):
         return 1 / math.sqrt(self.slot_size)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.temperature)
+        return torch.tensor(self.temperature, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         self.temperature = float(state)

@@ -30,6 +30,9 @@ class RoutedCell(Cell):
     A subclass chooses in ``route`` and computes in ``update``, which is given nothing but the chosen slots: so the
     derivatives of a step have few rows and columns, and gradient algorithms can leave out all else without an error.
 
+    Attributes:
+        banks: names of the parameters [E, ..] whose rows are experts' own, for forecasts and pictures of costs.
+
     Args:
         input_size: D.
         num_slots, slot_size: S and d; the state is [num_slots, slot_size], flat.
@@ -63,6 +66,8 @@ class RoutedCell(Cell):
         self.active_experts = (
             _choices("active_experts", active_experts, "num_experts", num_experts) if num_experts else 0
         )
+
+    banks: tuple[str, ...] = ()
 
     @abstractmethod
     def route(self, x: Tensor, s: Tensor) -> Routing:
@@ -114,5 +119,11 @@ def take_slots(slots: Tensor, index: Tensor) -> Tensor:
 
 
 def put_slots(slots: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """A copy of ``slots`` [N, S, d] with ``values`` [N, I, d] in the places ``index`` [N, I]."""
+    """A copy of ``slots`` [N, S, d] with ``values`` [N, I, d] in the places ``index`` [N, I].
+
+    Raises:
+        ValueError: for values of another shape.
+    """
+    if values.shape != (*index.shape, slots.shape[-1]):
+        raise ValueError(f"new contents of slots must be {[*index.shape, slots.shape[-1]]}, got {list(values.shape)}")
     return slots.scatter(1, index.unsqueeze(-1).expand_as(values), values)

@@ -68,6 +68,17 @@ class Stack(Cell):
             x = _output(cell, states[-1])
         return torch.cat(states, -1)
 
+    def auxiliary(self, x: Tensor, s: Tensor) -> Tensor | None:
+        """What the layers' ``auxiliary`` add up to, [N]; None if no layer has any."""
+        if not any(hasattr(cell, "auxiliary") for cell in self._layers()):
+            return None
+        found = []
+        for cell, state in zip(self._layers(), s.split(self._sizes, -1), strict=True):
+            found.append(cell.auxiliary(x, state) if hasattr(cell, "auxiliary") else None)
+            x = _output(cell, cell(x, state))
+        found = [penalty for penalty in found if penalty is not None]
+        return torch.stack(found).sum(0) if found else None
+
 
 def _output_size(cell: Any) -> int:
     return getattr(cell, "output_size", cell.state_size)

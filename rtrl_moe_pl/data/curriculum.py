@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -30,15 +31,19 @@ class CurriculumDataModule(SequenceDataModule):
     alone falls with every promotion, so that callbacks that monitor it are refused.
 
     Args:
-        tasks: from the shortest to the longest, each of one length.
+        tasks: from the shortest to the longest, each of one length; at least one.
         promote_at: accuracy at which a stage is left, above 0 and at most 1.
         **options: those of `SequenceDataModule`.
 
     Raises:
-        ValueError: for options out of range, or if there are several tasks and none is validated at its own length.
+        ValueError: for options out of range, tasks that do not grow, or if there are several tasks and none is
+            validated at its own length.
     """
 
     def __init__(self, tasks: Sequence[Task], promote_at: float = 0.99, **options: Any) -> None:
+        lengths = [task.max_length for task in tasks]
+        if not tasks or any(shorter >= longer for shorter, longer in pairwise(lengths)):
+            raise ValueError(f"tasks must be of increasing lengths, at least one, got {lengths}")
         super().__init__(tasks[-1], **options)
         if not 0 < promote_at <= 1:
             raise ValueError(f"promote_at must be above 0 and at most 1, got {promote_at}")

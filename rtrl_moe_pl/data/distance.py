@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rtrl_moe_pl.data.batch import Batch
 from rtrl_moe_pl.data.module import SequenceDataModule
-from rtrl_moe_pl.training.pictures import batches_done, picture_folder, show
+from rtrl_moe_pl.training.pictures import picture_folder, show, when
 
 _OCTAVES = 40  # distances of 10^12 steps will do
 
@@ -124,8 +124,7 @@ class AccuracyByDistance(Callback):
         asked = any(answers.total for answers in self.latest)
         if not asked or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        batch = batches_done(trainer)
-        title = f"validation after {batch + 1:,} batches" if stage == "val" and batch else split
+        title = f"validation {when(trainer)}" if stage == "val" else split
         figure = draw(self.latest, 1 / data.task.num_classes, title)
         show(figure, trainer, folder, stage, "accuracy_by_distance", dpi=120)
 

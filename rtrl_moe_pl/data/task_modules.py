@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -101,5 +102,9 @@ class HaystackDataModule(CurriculumDataModule):
         lengths = [*(curriculum or ()), length]
         if any(shorter >= longer for shorter, longer in pairwise(lengths)):
             raise ValueError(f"curriculum must be increasing lengths, all below length={length}, got {lengths[:-1]}")
-        tasks = [Haystack(steps, values, needles, distractors, min_gap, insert_from, insert_to) for steps in lengths]
+        last = Haystack(length, values, needles, distractors, min_gap, insert_from, insert_to)
+        try:
+            tasks = [replace(last, length=steps) for steps in lengths]
+        except ValueError as error:
+            raise ValueError(f"curriculum {lengths[:-1]}: {error}") from None
         super().__init__(tasks, promote_at, **options)

@@ -104,12 +104,15 @@ class GradientAlgorithm(ABC):
         loss_fn: LossFunction,
         memory: Memory,
         starts: Tensor | None = None,  # [B, k] bool
+        auxiliary_weight: float | Tensor = 1.0,
     ) -> WindowResult:
         """Run one window: gradient first, then the influence. Parameters are not changed.
 
         Args:
             loss_fn: ``(outputs [B, k, O], targets) -> scalar``, summed (not averaged) over lanes and steps.
             starts: lanes whose state is replaced by the initial state before a step.
+            auxiliary_weight: of the sum over lanes and steps of the cell's ``auxiliary(x, s)``, if it has one, in the
+                loss.
 
         Raises:
             ValueError: if the batch size differs from the memory's, or cell, readout or loss return a wrong shape.
@@ -124,6 +127,7 @@ class GradientAlgorithm(ABC):
         loss_fn: LossFunction,
         memory: Memory,
         starts: Tensor | None = None,
+        auxiliary_weight: float | Tensor = 1.0,
     ) -> WindowResult:
         """``step`` over all windows of ``inputs`` [B, T, ..]; losses and gradients are summed, outputs joined.
 
@@ -138,7 +142,7 @@ class GradientAlgorithm(ABC):
                 end = min(begin + length, steps)
                 part = None if starts is None else starts[:, begin:end]
                 cut = slice_time(targets, begin, end)
-                result = self.step(cell, readout, inputs[:, begin:end], cut, loss_fn, memory, part)
+                result = self.step(cell, readout, inputs[:, begin:end], cut, loss_fn, memory, part, auxiliary_weight)
                 memory = result.memory
                 results.append(result)
         if len(results) == 1:

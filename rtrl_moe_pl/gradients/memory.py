@@ -94,14 +94,22 @@ class Memory:
         """Plain tensors, numbers and strings. Saving leaves everything as it is."""
         self.require_whole()
         tail = {} if self.tail is None or not len(self.tail) else self.tail.state_dict() | {"size": self.tail.capacity}
-        return {"state": self.state, "fresh": self.fresh, "sensitivity": self.base.state_dict(), "tail": tail}
+        kind = type(self.base).__name__
+        held = {"sensitivity": self.base.state_dict(), "kind": kind, "tail": tail}
+        return {"state": self.state, "fresh": self.fresh, **held}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave.
 
         Raises:
-            ValueError: if batch size, state size or parameters differ.
+            ValueError: if algorithm, batch size, state size or parameters differ.
         """
+        kind = type(self.base).__name__
+        if saved.get("kind", kind) != kind:
+            raise ValueError(
+                f"the saved influence is a {saved['kind']}, this run carries a {kind}: resume with the algorithm it "
+                "was saved with"
+            )
         if saved["state"].shape != self.state.shape:
             raise ValueError(
                 f"the saved carry has shape {tuple(saved['state'].shape)}, this run needs {tuple(self.state.shape)} "
@@ -111,7 +119,7 @@ class Memory:
         tail = Tail(kept["size"]) if kept else None
         if tail is not None:
             tail.load_state_dict(kept, state)
-        self.base.load_state_dict(saved["sensitivity"])  # refuses before it writes
+        self.base.load_state_dict(saved["sensitivity"])
         self.state, self.tail, self.fresh, self.half_written = state, tail, bool(saved["fresh"]), False
 
 

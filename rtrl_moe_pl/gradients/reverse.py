@@ -51,6 +51,7 @@ class _ReverseMode(GradientAlgorithm):
         loss_fn: LossFunction,
         memory: Memory,
         starts: Tensor | None = None,
+        auxiliary_weight: float | Tensor = 1.0,
     ) -> WindowResult:
         starts = with_fresh_start(self, memory, inputs, targets, starts)
         starting = starting_steps(starts, inputs.shape[1])
@@ -58,7 +59,8 @@ class _ReverseMode(GradientAlgorithm):
         routings = routings_of(cell)
         given, returned = unroll(cell, inputs.unbind(1), memory.state, initial, starts, starting, routings)
         outputs = read_out(readout, torch.stack(returned), inputs)
-        loss = evaluate_loss(loss_fn, outputs, targets, auxiliary_loss(cell, inputs, torch.stack(given)))
+        auxiliary = auxiliary_loss(cell, inputs, torch.stack(given), auxiliary_weight)
+        loss = evaluate_loss(loss_fn, outputs, targets, auxiliary)
         grads, _ = autograd_gradients(loss, named_parameters(cell, readout))
         memory.state, memory.fresh = returned[-1].detach(), False
         if routings:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.cells.routed import RoutedCell
-from rtrl_moe_pl.gradients.base import checked_window
 from rtrl_moe_pl.gradients.memory import Forecast, Memory, forecast_influence
 from rtrl_moe_pl.gradients.rtrl import RTRL
 from rtrl_moe_pl.linearization import Linearizer, RoutedLinearizer
@@ -90,28 +91,31 @@ class LazyExpertRTRL(BlockRTRL):
     Args:
         window, chunk: see ``BlockRTRL``.
         ring: chunks whose J is kept, at least 2; an expert idle for longer catches up.
-        catch_up: "tree": each expert when it must, by a product of the J's it missed (``CircularSegmentTree``).
-            "block": every expert after every chunk, by the one product that all have missed.
+        catch_up: "walk": each expert when it must, by the product of the J's it missed; one walk back through them
+            finds the products for all. "tree": the same, the products from a ``CircularSegmentTree``: for long rings.
+            "block": every expert after every chunk, by the one J that all have missed; nothing is kept.
 
     Cost: as ``BlockRTRL`` for the parameters that experts do not own; for theirs S |theta_e| a use for M, and
-        S^2 |theta_e| a chunk for each expert that was used in it, or that was idle for ``ring`` chunks.
+        S^2 |theta_e| a chunk for each expert that was used in it, or that was idle for ``ring`` chunks, and up to
+        ring S^3 a chunk for the products. Memory: P, of the experts that a lane has used, and ring B S^2 for the J's.
     Exact: as ``BlockRTRL``.
     Not recommended: for cells with few experts, all of them in use: ``BlockRTRL``.
     """
 
     def __init__(
-        self, window: int, ring: int = 16, chunk: int | None = None, catch_up: Literal["tree", "block"] = "tree"
+        self,
+        window: int,
+        ring: int = 16,
+        chunk: int | None = None,
+        catch_up: Literal["walk", "tree", "block"] = "walk",
     ) -> None:
         super().__init__(window, chunk)
-        checked_window(ring, "ring")
-        if ring < 2:
-            raise ValueError(f"ring must be at least 2 chunks, got {ring}")
-        if catch_up not in ("tree", "block"):
-            raise ValueError(f"catch_up must be 'tree' or 'block', got {catch_up!r}")
-        self.ring, self.catch_up = ring, catch_up
+        if catch_up not in ("walk", "tree", "block"):
+            raise ValueError(f"catch_up must be 'walk', 'tree' or 'block', got {catch_up!r}")
+        self.ring, self.catch_up = at_least(2, "ring", ring), catch_up
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, ring={self.ring})"
+        return f"{super().__repr__()[:-1]}, ring={self.ring}, catch_up={self.catch_up!r})"
 
     def _require_cell(self, cell: nn.Module) -> None:
         super()._require_cell(cell)
@@ -124,8 +128,14 @@ class LazyExpertRTRL(BlockRTRL):
     def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
         assert isinstance(cell, RoutedCell)
         sizes = shapes, state.shape[0], state.shape[1], state.dtype, state.device
-        ring = self.ring if self.catch_up == "tree" else 0
-        return LazyExpertSensitivity(*sizes, slot_size=cell.slot_size, ring=ring)
+        ring, tree = 0 if self.catch_up == "block" else self.ring, self.catch_up == "tree"
+        return LazyExpertSensitivity(*sizes, slot_size=cell.slot_size, ring=ring, tree=tree)
+
+    def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
+        found = super().forecast(cell, batch_size, dtype, steps)
+        jacobians = {"walk": self.ring, "tree": 4 * self.ring, "block": 0}[self.catch_up]
+        kept = jacobians * batch_size * int(cell.state_size) ** 2 * dtype.itemsize  # type: ignore[arg-type]
+        return replace(found, influence_bytes=found.influence_bytes + kept)
 
 
 def _written(cell: RoutedCell) -> int:
@@ -134,7 +144,13 @@ def _written(cell: RoutedCell) -> int:
 
 
 def _kept_numbers(cell: RoutedCell) -> int:
-    """About as many as a step's derivatives have: of what is written, by the slots and by the outputs of layers."""
-    own = sum(p.numel() for p in cell.parameters() if not cell.num_experts or len(p) != cell.num_experts)
-    chosen = (cell.read_slots + cell.write_slots + cell.active_experts) * cell.slot_size
-    return _written(cell) * (2 * own // cell.slot_size + chosen)
+    """About as many as a step's derivatives have: of what is written, by the slots and by the outputs of layers.
+
+    Every layer is taken to act on as many slots as are read or written, whichever is more, or on an expert's input.
+    """
+    shapes = {name: p.shape for name, p in cell.named_parameters()}
+    of_experts = sum(shapes[name][1] for name in cell.banks)
+    own = sum(shape[0] if shape else 1 for name, shape in shapes.items() if name not in cell.banks)
+    slots = (cell.read_slots + cell.write_slots) * cell.slot_size
+    outputs = max(cell.read_slots, cell.write_slots) * own + cell.active_experts * of_experts
+    return _written(cell) * (slots + outputs)

@@ -107,12 +107,14 @@ class RTRL(GradientAlgorithm):
 
     def _require_room(self, cell: nn.Module, state: Tensor) -> None:
         batch, size = state.shape
-        chunk = self.chunk_for(cell, batch_size=batch)
-        one, two, needed = (self.forecast(cell, lanes, state.dtype, chunk) for lanes in (1, 2, batch))
-        free = free_memory(state.device)
+
+        def forecast(lanes: int) -> Forecast:
+            return self.forecast(cell, lanes, state.dtype, self.chunk_for(cell, batch_size=lanes))
+
+        chunk, needed, free = self.chunk_for(cell, batch_size=batch), forecast(batch), free_memory(state.device)
         if needed.total_bytes > free:
             count = sum(p.numel() for p in cell.parameters() if p.requires_grad)
-            lanes = 1 + (free - one.total_bytes) // (two.total_bytes - one.total_bytes)
+            lanes = next((n for n in range(batch - 1, 0, -1) if forecast(n).total_bytes <= free), 0)
             fix = f"lower batch_size to {lanes}" if lanes > 0 else "make the cell smaller"
             steps = int((free - needed.influence_bytes) * chunk / needed.workspace_bytes)
             fix = f"set chunk to {steps}, {fix}" if steps > 0 else fix
@@ -137,6 +139,7 @@ class RTRL(GradientAlgorithm):
         loss_fn: LossFunction,
         memory: Memory,
         starts: Tensor | None = None,
+        auxiliary_weight: float | Tensor = 1.0,
     ) -> WindowResult:
         starts = with_fresh_start(self, memory, inputs, targets, starts)
         starting = starting_steps(starts, inputs.shape[1])
@@ -159,7 +162,7 @@ class RTRL(GradientAlgorithm):
                 linearizer.fall_back("it draws random numbers or changes its buffers")
         if not linearizer.needs_graph():
             outputs, loss, grads, cotangents = _read(
-                cell, readout, memory.state, torch.stack(returned), window, targets, loss_fn
+                cell, readout, memory.state, torch.stack(returned), window, targets, loss_fn, auxiliary_weight
             )
             begin = 0
             while begin < len(given):
@@ -186,7 +189,9 @@ class RTRL(GradientAlgorithm):
 
         leaf, returned = window.unroll_with_graph()
         states = torch.stack([state.detach() for state in returned])
-        outputs, loss, grads, cotangents = _read(cell, readout, memory.state, states, window, targets, loss_fn)
+        outputs, loss, grads, cotangents = _read(
+            cell, readout, memory.state, states, window, targets, loss_fn, auxiliary_weight
+        )
         linearization = linearizer.linearize_graph(leaf, returned, cotangents)
         memory.half_written = True
         _contract_and_advance(memory, linearization, grads)
@@ -208,6 +213,7 @@ def _read(
     window: RunWindow,
     targets: Targets,
     loss_fn: LossFunction,
+    auxiliary_weight: float | Tensor,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
     """Outputs, loss, the parameters' direct gradients and the loss's cotangents [k + 1, B, S].
 
@@ -217,7 +223,8 @@ def _read(
     with torch.enable_grad():
         leaf = torch.cat([start[None], states]).detach().requires_grad_()
         outputs = read_out(readout, leaf[1:], window.inputs)
-        loss = evaluate_loss(loss_fn, outputs, targets, auxiliary_loss(cell, window.inputs, window.given(leaf[:-1])))
+        auxiliary = auxiliary_loss(cell, window.inputs, window.given(leaf[:-1]), auxiliary_weight)
+        loss = evaluate_loss(loss_fn, outputs, targets, auxiliary)
         grads, (cotangents,) = autograd_gradients(loss, named_parameters(cell, readout), leaf)
     return outputs.detach(), loss.detach(), grads, cotangents
 
@@ -259,6 +266,6 @@ def _finish(
     memory: Memory, loss: Tensor, outputs: Tensor, grads: dict[str, Tensor], state: Tensor, window: RunWindow
 ) -> WindowResult:
     if window.routings:
-        memory.count(window.routings[: window.inputs.shape[1]], window.cell)  # type: ignore[arg-type]
+        memory.count(window.routings, window.cell)  # type: ignore[arg-type]
     memory.state, memory.fresh, memory.half_written = state.detach(), False, False
     return WindowResult(loss, outputs, grads, memory)

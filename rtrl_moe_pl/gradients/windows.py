@@ -106,16 +106,17 @@ def read_out(readout: nn.Module, states: Tensor, inputs: Tensor) -> Tensor:
     return outputs.view(batch, steps, -1)
 
 
-def auxiliary_loss(cell: nn.Module, inputs: Tensor, given: Tensor) -> Tensor | None:
+def auxiliary_loss(cell: nn.Module, inputs: Tensor, given: Tensor, weight: float | Tensor) -> Tensor | None:
     """What a cell's ``auxiliary(x, s) -> [N]`` adds to the loss, summed over all rows; None if there is nothing.
 
     Args:
         inputs: [B, k, ..].
         given: the states that the cell was given, [k, B, S].
+        weight: of the sum.
     """
     auxiliary = getattr(cell, "auxiliary", None)
     penalty = None if auxiliary is None else auxiliary(inputs.transpose(0, 1).flatten(0, 1), given.flatten(0, 1))
-    return None if penalty is None else penalty.sum()
+    return None if penalty is None else weight * penalty.sum()
 
 
 def evaluate_loss(loss_fn: LossFunction, outputs: Tensor, targets: Targets, auxiliary: Tensor | None = None) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rtrl_moe_pl.linearization.routed import RoutedInputs
+from rtrl_moe_pl.cells.routed import RoutedCell
+from rtrl_moe_pl.linearization.routed import RoutedInputs, RoutedUpdate
 from rtrl_moe_pl.linearization.sparse import Pattern, colour_rows, compress
 from rtrl_moe_pl.linearization.step import Evaluation, Plan, StepLinearizer, batched_vjp
 
@@ -87,7 +88,8 @@ def _with_patterns(
             break
         per_row, untapped = per_row - more, untapped | more
     signature = tuple(tap.signature for tap in run.taps)
-    if any(tap.experts is not None for tap in run.taps):  # every row has another weight: nothing to compose
+    own = isinstance(step.cell, RoutedCell | RoutedUpdate) or any(tap.experts is not None for tap in run.taps)
+    if own:  # every row has slots or weights of its own: nothing to compose
         return Plan(signature, per_row, untapped)
     rows, states = probing_rows(step, x, state)
     present, batched = _present(step.evaluate(plan, x[rows], states, cut=True), True)

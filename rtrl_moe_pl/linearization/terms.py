@@ -70,7 +70,7 @@ def _meet(
     taps: Sequence[tuple[Tap, Jacobian]], known: Mapping[Key, Cotangents], shapes: Mapping[str, torch.Size]
 ) -> list[_Meeting]:
     meetings = []
-    found: dict[int, Uses] = {}  # banks that are met together share the work of sorting
+    found: dict[Key, Uses] = {}  # banks that are met together share the work of sorting
     for tap, jacobian in taps:
         if tap.weight not in shapes and tap.bias not in shapes:
             continue
@@ -87,10 +87,10 @@ def _meet(
             inputs = inputs.movedim(2, 0).flatten(0, 1)
         uses = None
         if tap.experts is not None:
-            place = tap.experts.data_ptr()
+            place = tap.experts.data_ptr(), tap.experts.shape, tap.experts.stride()
             experts = tap.experts.reshape(steps, batch, copies).movedim(2, 0).flatten(0, 1)
             count = next(shapes[name][0] for name in (tap.weight, tap.bias) if name is not None and name in shapes)
-            uses = found.setdefault(place, Uses(experts, count))
+            uses = found.setdefault((place, count), Uses(experts, count))
             key = (*key, "experts", place)
         meetings.append(_Meeting(tap, key, cotangents, inputs, uses))
     return meetings

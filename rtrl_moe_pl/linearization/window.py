@@ -147,10 +147,10 @@ class IndexTerm:
     def immediate(self) -> Tensor:
         _, batch, rows = self.cotangents.shape
         cotangents = self.cotangents.part(0, batch, 0, rows).transpose(2, 3)  # [k, B, S, rows]
-        found = cotangents.new_zeros(batch, self.columns, *cotangents.shape[2:])
-        for lane in range(batch):
-            found[lane].index_add_(0, self.ids[:, lane], cotangents[:, lane])
-        return found.permute(0, 2, 3, 1)
+        found = cotangents.new_zeros(batch * self.columns, *cotangents.shape[2:])
+        first = self.columns * torch.arange(batch, device=self.ids.device)
+        found.index_add_(0, (first + self.ids).flatten(), cotangents.flatten(0, 1))
+        return found.unflatten(0, (batch, -1)).permute(0, 2, 3, 1)
 
     def add_gradient(self, gradient: Tensor) -> None:
         gradient.index_add_(0, self.ids.flatten(), self.cotangents.loss.flatten(0, 1))

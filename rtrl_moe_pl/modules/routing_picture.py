@@ -16,7 +16,7 @@ from rtrl_moe_pl.cells import RoutedCell
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.data import Batch
 from rtrl_moe_pl.modules.usage import usage_entropy
-from rtrl_moe_pl.training.pictures import batches_done, picture_folder, show
+from rtrl_moe_pl.training.pictures import picture_folder, show, when
 
 
 class Trace(NamedTuple):
@@ -89,7 +89,7 @@ class RoutingPicture(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if batch_idx == 0 and dataloader_idx == 0:
-            self._inputs = batch.inputs[0, : self.steps]
+            self._inputs = batch.inputs[0, : self.steps].clone()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = picture_folder(trainer)
@@ -98,15 +98,14 @@ class RoutingPicture(Callback):
             return
         cell: Any = pl_module.cell
         self.latest = trace(cell, self._inputs)
-        figure = draw(cell, self.latest, f"one sequence, after {batches_done(trainer) + 1:,} batches")
+        figure = draw(cell, self.latest, f"one sequence, {when(trainer)}")
         show(figure, trainer, folder, "val", "routing", dpi=110)
 
 
 def cost_table(cell: RoutedCell, trace: Trace) -> list[tuple[str, float, float]]:
     """Multiply-adds of a step if everything were dense, and as done: name, dense, done."""
     p = sum(q.numel() for q in cell.parameters())
-    banks = [q for q in cell.parameters() if cell.num_experts and q.ndim > 1 and len(q) == cell.num_experts]
-    by_expert = sum(q.numel() for q in banks) / max(1, cell.num_experts)
+    by_expert = sum(cell.get_parameter(name).numel() for name in cell.banks) / max(1, cell.num_experts)
     size, d = cell.state_size, cell.slot_size
     written = float(trace.written.sum(1).float().mean()) * d
     touched = float((trace.read | trace.written).sum(1).float().mean()) * d

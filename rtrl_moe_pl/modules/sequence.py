@@ -90,10 +90,11 @@ class SequenceModule(ManualModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         inputs, targets, starts = batch.inputs, tuple(batch.targets), batch.starts  # a DataLoader makes lists of tuples
         memory = self._memory_for(inputs, starts)
-        with torch.autocast(inputs.device.type, enabled=False):
-            result = self.gradient.run(self.cell, self.readout, inputs, targets, self.loss, memory, starts)
-        self._memory = result.memory
         weight = targets[1].sum()
+        per_step = weight / targets[1].numel()  # of penalties: their mean over steps beside the mean loss
+        with torch.autocast(inputs.device.type, enabled=False):
+            result = self.gradient.run(self.cell, self.readout, inputs, targets, self.loss, memory, starts, per_step)
+        self._memory = result.memory
         state_norm = result.memory.state.norm(dim=1).mean()
 
         def diagnose() -> str | None:
@@ -248,12 +249,14 @@ class SequenceModule(ManualModule):
 @torch.no_grad()
 def _check_readout(cell: nn.Module, readout: nn.Module, output_size: int) -> None:
     """Refuse a readout that does not fit the cell, in one line and before any data is made."""
-    if getattr(readout, "takes_input", False):
-        return
     size = cell.state_size
-    state = cell.initial_state(2)  # type: ignore[operator]
+    given = [cell.initial_state(2)]  # type: ignore[operator]
+    if getattr(readout, "takes_input", False):
+        if not isinstance(getattr(cell, "input_size", None), int):
+            return
+        given.append(given[0].new_zeros(2, cell.input_size))  # type: ignore[call-overload]
     try:
-        shape = tuple(readout(state).shape)
+        shape = tuple(readout(*given).shape)
     except RuntimeError as error:
         raise ValueError(
             f"model.readout ({type(readout).__name__}) does not take states of size {size}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization import Block, ExpertTerm, WindowLinearization
-from rtrl_moe_pl.linearization.window import add_parts
+from rtrl_moe_pl.linearization.window import add_parts, copy_flushed
 from rtrl_moe_pl.sensitivities.base import Sensitivity
 from rtrl_moe_pl.sensitivities.block_sparse import BlockSparseSensitivity
 from rtrl_moe_pl.sensitivities.expert_pool import ExpertPool
@@ -21,29 +22,33 @@ class LazyExpertSensitivity(Sensitivity):
     """P of a routed cell; that of an expert idle in a lane stays as it was, and the J's since then are kept.
 
     With P_e as it was c windows ago, what a cotangent g of the present state contributes is (g J .. J) P_e: the
-    vector is pulled back, S^2 a window, and the matrix left alone. It catches up, by one product with J .. J from a
-    ``CircularSegmentTree``, when the expert is used again, or before the oldest J would be dropped. A pair of lane
-    and expert that was never used, or not since a start, has P_e = 0 and costs nothing. Parameters other than
-    experts' are kept in a ``BlockSparseSensitivity``.
+    vector is pulled back, S^2 a window, and the matrix left alone. It catches up, by one product with J .. J, when
+    the expert is used again, or before the oldest J would be dropped. A pair of lane and expert that was never used,
+    or not since a start, has P_e = 0 and costs nothing (on a GPU: no time). Parameters other than experts' are kept in
+    a ``BlockSparseSensitivity``.
 
     Args:
         slot_size: d; the state is [S / d, d].
         ring: windows whose J is kept; 0: every pair catches up with every window.
+        tree: the products J .. J come from a ``CircularSegmentTree``, and not from a walk back through the J's, which
+            finds all of them on its way.
 
-    Cost: of a window, S^2 |theta_e| for every pair that was used, or whose time is up; memory that of P for the pairs
-        ever used, and 4 ring B S^2 at most.
+    Cost: of a window and lane, S^2 |theta_e| for every pair that was used, or whose time is up, and for their products
+        S^3 a J of the longest (tree: about 2 log ring each, and log ring a window); S^2 a J to contract. Memory that of
+        P for the pairs ever used (on a GPU: for all), and ring B S^2 (tree: 2 to 4 times that).
     Exact: equals BPTT while parameters are fixed.
     """
 
     exact = True
 
-    def __init__(self, *args: Any, slot_size: int, ring: int) -> None:
+    def __init__(self, *args: Any, slot_size: int, ring: int, tree: bool = False) -> None:
         super().__init__(*args)
         self.ring, self.slot_size = ring, slot_size
         self._shared = BlockSparseSensitivity(*args, slot_size=slot_size)
         self.pools: dict[Block, ExpertPool] = {}
-        eye = torch.eye(self.state_size, dtype=self.dtype, device=self.device)
-        self._pending = CircularSegmentTree(max(ring, 1), torch.matmul, eye)
+        self._eye = torch.eye(self.state_size, dtype=self.dtype, device=self.device)
+        self._tree = CircularSegmentTree(ring, torch.matmul, self._eye) if tree else None
+        self._pending = deque(maxlen=ring) if self._tree is None else self._tree  # J's [B, S, S], the oldest first
         self.windows = 0  # that P was advanced over
 
     # ---- reading
@@ -53,8 +58,7 @@ class LazyExpertSensitivity(Sensitivity):
         ages = [pool.oldest(self.windows) for pool in self.pools.values()]
         back = [cotangent]  # as of 0, 1, .. windows ago, [B, S] each
         for age in range(1, max(ages, default=0) + 1):
-            jacobian = self._pending.query(len(self._pending) - age, len(self._pending) - age + 1)
-            back.append(torch.bmm(back[-1][:, None], jacobian)[:, 0])
+            back.append(torch.bmm(back[-1][:, None], self._pending[len(self._pending) - age])[:, 0])
         for block, pool in self.pools.items():
             total = pool.contract(torch.stack(back), self.windows)
             add_parts(block.split(total, self.shapes), gradients)
@@ -75,7 +79,7 @@ class LazyExpertSensitivity(Sensitivity):
         }
         shared = {block: terms for block, terms in linearization.terms.items() if block not in experts}
         self._shared.advance(replace(linearization, terms=shared))
-        jacobian = linearization.whole_transition(self.slot_size).transpose(1, 2)  # [B, S, S]
+        jacobian = linearization.whole_transition(self.slot_size).transpose(1, 2).contiguous()  # [B, S, S]
         emptied = ~jacobian.flatten(1).any(1)  # lanes [B] that started
         for block in experts.keys() - self.pools.keys():
             self.pools[block] = ExpertPool(block, self.batch_size, self.state_size, jacobian)
@@ -101,12 +105,31 @@ class LazyExpertSensitivity(Sensitivity):
         """What these rows are now, or at the end of the window of that J: some rows at a time, and their values."""
         if not len(rows):
             return
-        since, which = torch.unique(pool.since[rows], return_inverse=True)
+        ages, which = torch.unique(self.windows - pool.since[rows], return_inverse=True)
+        yield from pool.multiplied(rows, self._products(ages, jacobian), which)
+
+    def _products(self, ages: Tensor, latest: Tensor | None) -> Tensor:
+        """The J's of the last windows, multiplied; with one more in front if there is a latest.
+
+        Args:
+            ages: numbers of windows [D], increasing.
+
+        Returns:
+            [B, D, S, S].
+        """
         kept = len(self._pending)
-        products = self._pending.query((kept - self.windows + since).expand(self.batch_size, -1), kept)  # [B, D, S, S]
-        if jacobian is not None:
-            products = jacobian[:, None] @ products
-        yield from pool.multiplied(rows, products, which)
+        if self._tree is not None:
+            products = self._tree.query((kept - ages).expand(self.batch_size, -1), kept)
+            return products if latest is None else latest[:, None] @ products
+        product = self._eye.expand(self.batch_size, -1, -1) if latest is None else latest
+        found, age = [], 0
+        for wanted in ages.tolist():
+            while age < wanted:
+                age += 1
+                product = torch.bmm(product, self._pending[kept - age])
+                copy_flushed(product, product)
+            found.append(product)
+        return torch.stack(found, 1)
 
     # ---- looking at it, saving it: everything stays as it is, behind or not
 
@@ -131,33 +154,50 @@ class LazyExpertSensitivity(Sensitivity):
         self._shared.zero_()
         for pool in self.pools.values():
             pool.drop(torch.ones(self.batch_size, dtype=torch.bool, device=self.device))
-        self._pending.reset()
+        self._set_pending({})
         self.windows = 0
 
     @property
     def nbytes(self) -> int:
-        return self._shared.nbytes + self._pending.nbytes + sum(pool.nbytes for pool in self.pools.values())
+        each = [self._pending[i].nbytes for i in range(len(self._pending))]
+        pending = sum(each) if self._tree is None else self._tree.nbytes
+        return self._shared.nbytes + pending + sum(pool.nbytes for pool in self.pools.values())
 
     def state_dict(self) -> dict[str, Any]:
         """A run that goes on from it gives the same numbers, bit for bit."""
+        kept = [self._pending[i] for i in range(len(self._pending))]
+        pending = {"items": torch.stack(kept)} if kept else {}
         return {
             "shared": self._shared.state_dict(),
             "pools": [pool.state_dict() for pool in self.pools.values()],
-            "pending": self._pending.state_dict(),
+            "pending": pending if self._tree is None else self._tree.state_dict(),
             "windows": self.windows,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave; that of another ring too: what a smaller one drops is caught up with."""
         if "pools" not in state:
             super().load_state_dict(state)
             raise ValueError(
                 "the saved influence is not one of lazy experts: resume with the algorithm it was saved with"
             )
         pools = [
-            ExpertPool.restored(saved, self.batch_size, self.state_size, self.shapes, self._pending.identity)
+            ExpertPool.restored(saved, self.batch_size, self.state_size, self.shapes, self._eye)
             for saved in state["pools"]
         ]
-        self._pending.load_state_dict(state["pending"])
         self._shared.load_state_dict(state["shared"])
         self.pools = {pool.block: pool for pool in pools}
         self.windows = state["windows"]
+        tree, self._tree = self._tree, None
+        self._pending = deque(item.to(self._eye) for item in state["pending"].get("items", ()))
+        for pool in pools:
+            self._catch_up(pool, pool.due([], self.windows - self.ring - 1))
+        self._tree = tree
+        self._set_pending(state["pending"])
+
+    def _set_pending(self, saved: dict[str, Any]) -> None:
+        if self._tree is None:
+            self._pending = deque((item.to(self._eye) for item in saved.get("items", ())), maxlen=self.ring)
+        else:
+            self._tree.load_state_dict({"first": 0, **saved})
+            self._pending = self._tree

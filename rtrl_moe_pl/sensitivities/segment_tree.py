@@ -58,6 +58,16 @@ class CircularSegmentTree:
             node //= 2
             self._nodes[node] = self.combine(self._nodes[2 * node + 1], self._nodes[2 * node])
 
+    def __getitem__(self, index: int) -> Any:
+        """An item, 0 the oldest, without a combination.
+
+        Raises:
+            IndexError: unless 0 <= index < len.
+        """
+        if not 0 <= index < self._count:
+            raise IndexError(f"no item {index} among {self._count}: needs 0 <= index < length")
+        return self._nodes[self._size + (self._first + index) % self.capacity]
+
     def query(self, start: int | Tensor, stop: int | Tensor) -> Any:
         """``combine(.., combine(item[start + 1], item[start]))`` up to ``stop``, exclusive; an empty range's identity.
 
@@ -69,7 +79,9 @@ class CircularSegmentTree:
             IndexError: unless 0 <= start <= stop <= len.
         """
         if isinstance(start, Tensor) or isinstance(stop, Tensor):
-            return self._query_lanes(*torch.broadcast_tensors(torch.as_tensor(start), torch.as_tensor(stop)))
+            device = self._nodes.device if isinstance(self._nodes, Tensor) else None
+            limits = torch.as_tensor(start, device=device), torch.as_tensor(stop, device=device)
+            return self._query_lanes(*torch.broadcast_tensors(*limits))
         if not 0 <= start <= stop <= self._count:
             raise IndexError(f"no range {start}..{stop} in {self._count} items: needs 0 <= start <= stop <= length")
         if self._nodes is None:
@@ -94,17 +106,19 @@ class CircularSegmentTree:
             self._nodes[:, mask] = self._nodes[0, mask]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers; items must be tensors."""
-        nodes = {} if self._nodes is None else {"nodes": self._nodes}
-        return nodes | {"first": self._first, "count": self._count}
+        """Plain tensors and numbers, copied; items must be tensors."""
+        items = {"items": torch.stack([self[i] for i in range(len(self))])} if len(self) else {}
+        return items | {"first": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` of a tree of the same capacity gave."""
-        nodes = state.get("nodes")
-        if nodes is not None and len(nodes) != 2 * self._size:
-            raise ValueError(f"the saved ring has {len(nodes) // 2} places, this one {self._size}: keep its capacity")
-        self._nodes = None if nodes is None else nodes.clone()
-        self._first, self._count = state["first"], state["count"]
+        """Restore what ``state_dict`` gave, on the identity's device and of its type: bit for bit with this capacity.
+
+        A smaller tree keeps the newest items.
+        """
+        self.reset()
+        self._first = state["first"] % self.capacity
+        for item in state.get("items", ()):
+            self.append(item.to(self.identity))
 
     @property
     def nbytes(self) -> int:

@@ -22,8 +22,9 @@ class Haystack(FixedLengthTask):
     The noise is drawn from the values: only what follows a key counts. Chance is 1 / values. With several needles
     each has a key of its own, and Q is one of as many questions; keys of distractors are never asked for.
 
-    **A gradient truncated to windows of k steps is a control only if min_gap is above 2 k**: where some values fall
-    into the window of their question, a truncated gradient learns to latch from these, and carries over to the others.
+    **A gradient truncated to windows of k steps is a control only if min_gap is at least k** (the shipped ones: above
+    2 k): where some values fall into the window of their question, a truncated gradient learns to latch from these, and
+    carries over to the others.
 
     Tokens: 0 BOS, 1 the first key, 2 SEP, 3 the first question, then the values, the other needles' keys, their
     questions, and the distractors' keys.

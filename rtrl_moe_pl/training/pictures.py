@@ -13,16 +13,17 @@ def picture_folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def batches_done(trainer: Trainer) -> int:
-    """By which the scalars of a validation are logged, and its figures too; 0 where nothing was trained."""
-    return max(0, trainer.fit_loop.total_batch_idx)
+def when(trainer: Trainer) -> str:
+    """For a title."""
+    done = trainer.fit_loop.total_batch_idx + 1
+    return f"after {done:,} batches" if done else "without training in this run"
 
 
 def show(figure: Figure, trainer: Trainer, folder: Path, stage: str, name: str, dpi: int) -> None:
     """Save ``STAGE_NAME.png``, over an earlier one, and hand the figure to loggers as ``STAGE/NAME``; on rank 0."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{stage}_{name}.png", dpi=dpi)
-    for logger in trainer.loggers:
+    for logger in trainer.loggers:  # by the latest batch, as the scalars of a validation are
         add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
         if add_figure is not None:
-            add_figure(f"{stage}/{name}", figure, global_step=batches_done(trainer))
+            add_figure(f"{stage}/{name}", figure, global_step=max(0, trainer.fit_loop.total_batch_idx))

@@ -149,7 +149,7 @@ def test_promotion_needs_validation():
         ({"curriculum": [16, 8]}, r"^curriculum must be increasing lengths, all below length=32, got \[16, 8\]$"),
         ({"curriculum": [8, 32]}, r"^curriculum must be increasing lengths, all below length=32, got \[8, 32\]$"),
         ({"curriculum": [64]}, r"^curriculum must be increasing lengths, all below length=32, got \[64\]$"),
-        ({"curriculum": [7]}, r"^length \(for 1 key-value pairs and min_gap 5\) must be at least 8, got 7$"),
+        ({"curriculum": [7]}, r"^curriculum \[7\]: length \(for 1 key-value pairs and min_gap 5\) must be at least 8"),
         ({"promote_at": 0.0}, "^promote_at must be above 0 and at most 1, got 0.0$"),
         ({"promote_at": 99}, "^promote_at must be above 0 and at most 1, got 99$"),
         ({"validation_scales": [2]}, "^validation_scales must include 1: a curriculum is promoted by accuracy"),
@@ -159,6 +159,12 @@ def test_promotion_needs_validation():
 def test_bad_options_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         haystack(**options)
+
+
+def test_tasks_must_grow():
+    for lengths in ([], [20, 10], [10, 10]):
+        with pytest.raises(ValueError, match=r"^tasks must be of increasing lengths, at least one, got \["):
+            CurriculumDataModule([Haystack(length=length, min_gap=3) for length in lengths])
 
 
 def test_any_tasks_will_do():

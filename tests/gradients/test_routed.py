@@ -13,9 +13,26 @@ from torch import Tensor, nn
 
 from rtrl_moe_pl.cells import GRU, RecurrentMoE, RoutedCell, Routing, Stack
 from rtrl_moe_pl.cells.experts import expert_linear
-from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, BlockRTRL, LazyExpertRTRL, sequence_gradient
+from rtrl_moe_pl.cells.routed import put_slots
+from rtrl_moe_pl.gradients import (
+    BPTT,
+    RTRL,
+    TBPTT,
+    BlockRTRL,
+    LazyExpertRTRL,
+    MemoryForecastError,
+    sequence_gradient,
+)
+from rtrl_moe_pl.gradients import rtrl as rtrl_module
 from rtrl_moe_pl.sensitivities import LazyExpertSensitivity
-from tests.gradients.problem import Problem, assert_exact, make_problem, plain_autograd, worst_error
+from tests.gradients.problem import (
+    Problem,
+    assert_exact,
+    make_problem,
+    plain_autograd,
+    weighted_squares,
+    worst_error,
+)
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 RINGS = (2, 5, 64)
@@ -74,7 +91,7 @@ def test_block(case: tuple[Problem, int]) -> None:
 
 
 @settings(max_examples=120, deadline=None)
-@given(problems(), st.sampled_from(RINGS), st.sampled_from(["tree", "block"]))
+@given(problems(), st.sampled_from(RINGS), st.sampled_from(["walk", "tree", "block"]))
 def test_lazy(case: tuple[Problem, int], ring: int, catch_up: Any) -> None:
     problem, window = case
     assert_exact(problem, LazyExpertRTRL(window=window, ring=ring, catch_up=catch_up))
@@ -117,8 +134,9 @@ def ages(problem: Problem, algorithm: LazyExpertRTRL) -> list[int]:
 
 
 @pytest.mark.parametrize("ring", RINGS)
-def test_experts_idle_for_longer_than_the_ring(idle: Problem, ring: int) -> None:
-    algorithm = shortest(LazyExpertRTRL, 1, ring=ring)
+@pytest.mark.parametrize("catch_up", ["walk", "tree"])
+def test_experts_idle_for_longer_than_the_ring(idle: Problem, ring: int, catch_up: str) -> None:
+    algorithm = shortest(LazyExpertRTRL, 1, ring=ring, catch_up=catch_up)
     assert_exact(idle, algorithm)
     assert max(ages(idle, algorithm)) == min(ring, max(ages(idle, shortest(LazyExpertRTRL, 1, ring=64))))
 
@@ -169,6 +187,86 @@ def test_a_users_own_cell(kind: type[BlockRTRL]) -> None:
     with pytest.raises(AssertionError):
         assert_exact(problem, TBPTT(window=2))
     assert_exact(problem, kind(window=2), RTRL(window=2))
+
+
+class Bankless(RoutedCell):
+    """Slots without experts, which depend on each other densely or number by number."""
+
+    def __init__(self, dense: bool) -> None:
+        super().__init__(3, num_slots=4, slot_size=3, read_slots=1, write_slots=1)
+        self.input, self.read = nn.Linear(3, 3), nn.Linear(3, 3) if dense else nn.Identity()
+        self.keep, self.scale = nn.Parameter(torch.randn(3)), nn.Parameter(torch.tensor(0.7))
+
+    def route(self, x: Tensor, s: Tensor) -> Routing:
+        scores = (s.unflatten(1, (4, 3)) @ x.unsqueeze(-1)).squeeze(-1) + torch.arange(4) * x.sum(1, keepdim=True).sin()
+        order = scores.argsort(1)
+        return Routing(order[:, :1], order[:, -1:], order[:, :0])
+
+    def update(self, x: Tensor, read: Tensor, old: Tensor, routing: Routing) -> Tensor:
+        return torch.tanh(self.input(x)[:, None] + self.read(read) + self.keep * old) * self.scale
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("chunk", [2, None])
+def test_a_cell_without_experts(dense: bool, chunk: int | None) -> None:
+    torch.manual_seed(1)
+    problem = make_problem(Bankless(dense).double(), batch=2, steps=9)
+    with pytest.raises(AssertionError):
+        assert_exact(problem, TBPTT(window=2))
+    assert_exact(problem, BlockRTRL(window=2, chunk=chunk), RTRL(window=2))
+
+
+class TwoBanks(Plain):
+    """One bank meets all chosen experts, another only the first of them: the same memory, seen twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Parameter(torch.randn(4, 3, 6))
+
+    def update(self, x: Tensor, read: Tensor, old: Tensor, routing: Routing) -> Tensor:
+        first = torch.cat([self.norm(read[:, 0] + self.embed(x)), x], -1)[:, None]
+        alone = expert_linear(first, self.other, None, routing.experts[:, :1])
+        return super().update(x, read, old, routing) + 0.5 * torch.tanh(alone)
+
+
+@pytest.mark.parametrize("kind", [BlockRTRL, LazyExpertRTRL])
+def test_banks_that_meet_other_numbers_of_experts(kind: type[BlockRTRL]) -> None:
+    torch.manual_seed(0)
+    problem = make_problem(TwoBanks().double(), batch=3, steps=12)
+    assert_exact(problem, kind(window=2), RTRL(window=2))
+
+
+def test_the_forecast_counts_what_a_chunk_keeps_and_the_ring() -> None:
+    """Of cells with and without as many experts as numbers in a slot, within half and twice what is kept."""
+    for experts in (7, 8, 9):
+        cell = RecurrentMoE(3, 8, 4, experts).double()
+        problem = make_problem(cell, batch=2, steps=32)
+        algorithm = BlockRTRL(window=32, chunk=32)
+        memory = algorithm.init(cell, 2)
+        targets = tuple(target[:, :16] for target in problem.targets)
+        algorithm.step(cell, problem.readout, problem.inputs[:, :16], targets, lambda o, t: (o - t[0]).sum(), memory)
+        assert memory.tail is not None
+        kept = sum(leaf.nbytes for leaf in memory.tail.state_dict()["leaves"])
+        assert 0.5 < algorithm.forecast(cell, 2, torch.float64, 16).workspace_bytes / kept < 2
+    walk, tree = (LazyExpertRTRL(window=4, ring=9, catch_up=kind) for kind in ("walk", "tree"))  # type: ignore[arg-type]
+    block = BlockRTRL(window=4).forecast(cell, 2, torch.float64, 16).influence_bytes
+    assert walk.forecast(cell, 2, torch.float64, 16).influence_bytes == block + 9 * 2 * 32**2 * 8
+    assert tree.forecast(cell, 2, torch.float64, 16).influence_bytes == block + 4 * 9 * 2 * 32**2 * 8
+
+
+def test_the_advice_on_lanes_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller batch has longer chunks: what is advised is tried, not extrapolated."""
+    cell = RecurrentMoE(3, 8, 16, 4)
+    algorithm = BlockRTRL(window=8)
+    size = algorithm.forecast(cell, 40, torch.float32, algorithm.chunk_for(cell, batch_size=40)).total_bytes
+    for free in (size - 1, size // 2, size // 5):
+        monkeypatch.setattr(rtrl_module, "free_memory", lambda device, free=free: free)
+        with pytest.raises(MemoryForecastError, match="lower batch_size to") as caught:
+            algorithm.init(cell, 40)
+        lanes = int(str(caught.value).split("batch_size to ")[1].split(",")[0])
+        algorithm.init(cell, lanes)
+        with pytest.raises(MemoryForecastError):
+            algorithm.init(cell, lanes + 1)
 
 
 class Disobedient(Plain):
@@ -231,6 +329,12 @@ def test_a_saved_memory_goes_on_bit_for_bit(idle: Problem, kind: type[BlockRTRL]
     assert float(memory.base.norm()) > 0
 
 
+@pytest.mark.parametrize("saved", [RTRL(window=2), LazyExpertRTRL(window=2), TBPTT(window=2)])
+def test_another_algorithm_does_not_go_on(idle: Problem, saved: Any) -> None:
+    with pytest.raises(ValueError, match="resume with the algorithm it was saved with"):
+        BlockRTRL(window=2).init(idle.cell, 3).load_state_dict(saved.init(idle.cell, 3).state_dict())
+
+
 @pytest.mark.parametrize("kind", [BlockRTRL, LazyExpertRTRL])
 def test_float32(kind: type[BlockRTRL]) -> None:
     torch.manual_seed(0)
@@ -246,6 +350,37 @@ def test_float32(kind: type[BlockRTRL]) -> None:
         assert (found.grads[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CPU with a GPU")
+@pytest.mark.parametrize(
+    "algorithm",
+    [BlockRTRL(2, chunk=2), *(LazyExpertRTRL(2, 3, 2, kind) for kind in ("walk", "tree", "block"))],  # type: ignore[arg-type]
+    ids=repr,
+)
+def test_on_a_gpu(idle: Problem, algorithm: BlockRTRL) -> None:
+    """The CPU's gradients, saved and loaded on the way."""
+    truth = idle.solve(algorithm).grads
+    cell, readout, inputs = idle.cell.cuda(), idle.readout.cuda(), idle.inputs.cuda()
+    targets, starts = tuple(target.cuda() for target in idle.targets), idle.starts.cuda()  # type: ignore[union-attr]
+
+    memory, found = algorithm.init(cell, 3, "cuda"), []
+    for part in (slice(0, 22), slice(22, 40)):
+        again = algorithm.init(cell, 3, "cuda")
+        again.load_state_dict(to_cpu(memory.state_dict()))
+        cut = tuple(target[:, part] for target in targets)
+        result = algorithm.run(cell, readout, inputs[:, part], cut, weighted_squares, again, starts[:, part])
+        memory, found = result.memory, [*found, result.grads]
+    for name, gradient in truth.items():
+        torch.testing.assert_close((found[0][name] + found[1][name]).cpu(), gradient, rtol=1e-8, atol=1e-10)
+
+
+def to_cpu(saved: Any) -> Any:
+    if isinstance(saved, dict):
+        return {name: to_cpu(value) for name, value in saved.items()}
+    if isinstance(saved, list):
+        return [to_cpu(value) for value in saved]
+    return saved.cpu() if isinstance(saved, Tensor) else saved
+
+
 def test_bad_input() -> None:
     moe, gru = RecurrentMoE(2, 3, 4, 4), GRU(2, 3)
     with pytest.raises(
@@ -259,9 +394,11 @@ def test_bad_input() -> None:
     cell.num_experts = 0
     with pytest.raises(ValueError, match=r"needs a cell with experts, and Plain has none: use BlockRTRL\(window=4\)"):
         LazyExpertRTRL(window=4).init(cell, 1)
-    with pytest.raises(ValueError, match="ring must be at least 2 chunks, got 1"):
+    with pytest.raises(ValueError, match="ring must be at least 2, got 1"):
         LazyExpertRTRL(window=4, ring=1)
-    with pytest.raises(ValueError, match="catch_up must be 'tree' or 'block', got 'never'"):
+    with pytest.raises(ValueError, match="catch_up must be 'walk', 'tree' or 'block', got 'never'"):
         LazyExpertRTRL(window=4, catch_up="never")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"new contents of slots must be \[1, 2, 3\], got \[1, 1, 3\]"):
+        put_slots(torch.zeros(1, 4, 3), torch.tensor([[0, 1]]), torch.zeros(1, 1, 3))
     with pytest.raises(ValueError, match="window"):
         BlockRTRL(window=0)

@@ -14,7 +14,12 @@ from rtrl_moe_pl.cells import RecurrentMoE
 from rtrl_moe_pl.gradients import BlockRTRL, LazyExpertRTRL
 from rtrl_moe_pl.linearization import WindowLinearization
 from rtrl_moe_pl.linearization.routed_backward import RoutedBackward
-from rtrl_moe_pl.sensitivities import BlockSparseSensitivity, CircularSegmentTree, LazyExpertSensitivity
+from rtrl_moe_pl.sensitivities import (
+    BlockSparseSensitivity,
+    CircularSegmentTree,
+    LazyExpertSensitivity,
+    lazy_experts,
+)
 from rtrl_moe_pl.sensitivities.expert_pool import ExpertPool
 from tests.gradients.problem import Problem, make_problem, plain_autograd, total_error, worst_error
 
@@ -108,6 +113,19 @@ def wraps_in_reverse(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CircularSegmentTree, "_pieces", lambda self, *range: right(self, *range)[::-1])
 
 
+def walks_in_reverse(patch: pytest.MonkeyPatch) -> None:
+    """The oldest J is multiplied from the left."""
+    right = lazy_experts.torch.bmm
+    products = LazyExpertSensitivity._products
+
+    def faulty(self: LazyExpertSensitivity, *arguments: Any) -> Tensor:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(lazy_experts.torch, "bmm", lambda a, b: right(b, a))
+            return products(self, *arguments)
+
+    patch.setattr(LazyExpertSensitivity, "_products", faulty)
+
+
 def never_resets(patch: pytest.MonkeyPatch) -> None:
     """A start does not reach the P of experts: not in the J's that are kept, and not in P."""
     patch.setattr(ExpertPool, "drop", lambda self, lanes: None)
@@ -131,6 +149,7 @@ FAULTS: dict[str, Patch] = FAULTS_OF_BOTH | {
     "leaves idle experts stale": leaves_idle_experts_stale,
     "never flushes": never_flushes,
     "wraps in reverse": wraps_in_reverse,
+    "walks in reverse": walks_in_reverse,
     "never resets": never_resets,
 }
 
@@ -138,7 +157,8 @@ FAULTS: dict[str, Patch] = FAULTS_OF_BOTH | {
 @pytest.mark.parametrize("window", [1, 2])
 def test_nothing_put_back(problem: Problem, window: int) -> None:
     _, _, truth = plain_autograd(problem)
-    for algorithm in (BlockRTRL(window, window), LazyExpertRTRL(window, 3, window)):
+    lazy = [LazyExpertRTRL(window, 3, window, catch_up) for catch_up in ("walk", "tree")]
+    for algorithm in (BlockRTRL(window, window), *lazy):
         assert worst_error(problem.solve(algorithm).grads, truth) <= 1e-9
 
 
@@ -147,7 +167,9 @@ def test_nothing_put_back(problem: Problem, window: int) -> None:
 def test_fault_in_lazy_experts(problem: Problem, fault: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, truth = plain_autograd(problem)
     FAULTS[fault](monkeypatch)
-    assert total_error(problem.solve(LazyExpertRTRL(window, 3, window)).grads, truth) > 1e-7
+    catch_up = "tree" if fault == "wraps in reverse" else "walk"
+    algorithm = LazyExpertRTRL(window, 3, window, catch_up)
+    assert total_error(problem.solve(algorithm).grads, truth) > 1e-7
 
 
 @pytest.mark.parametrize("window", [1, 2])

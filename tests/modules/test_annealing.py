@@ -38,9 +38,10 @@ def test_temperature_falls_by_a_factor_a_batch(tmp_path: Path) -> None:
     fit(cell, annealing, tmp_path, 3)
     assert cell.temperature == pytest.approx(0.5)  # of the third batch
     assert [annealing.at(batch) for batch in (0, 2, 4, 100)] == pytest.approx([1.0, 0.5, 0.25, 0.25])
-    other = RecurrentMoE(3, 4, 3, 2)
-    other.load_state_dict(cell.state_dict())
-    assert other.temperature == cell.temperature
+    for temperature in (cell.temperature, 0.3):  # 0.3 is no number of float32
+        cell.temperature, other = temperature, RecurrentMoE(3, 4, 3, 2)
+        other.load_state_dict(cell.state_dict())
+        assert other.temperature == temperature
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from rtrl_moe_pl.cells import GRU, LSTM
+from rtrl_moe_pl.cells import GRU, LSTM, RecurrentMoE
 from rtrl_moe_pl.data import HaystackDataModule
-from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, GradientAlgorithm
-from rtrl_moe_pl.modules import SequenceModule
+from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, BlockRTRL, GradientAlgorithm, LazyExpertRTRL
+from rtrl_moe_pl.modules import SequenceModule, TemperatureAnnealing
 from rtrl_moe_pl.training.strategy import PER_RANK
 from tests.modules.helpers import data, module, trainer
 
@@ -91,6 +91,38 @@ def test_resumed_equals_unbroken_through_a_curriculum(tmp_path: Path, stopped: i
     assert again == length
     assert second.global_step == 11
     expected, got = final(first, unbroken), final(second, resumed)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+@pytest.mark.parametrize(
+    "gradient", [BlockRTRL(window=4, chunk=8), LazyExpertRTRL(window=4, chunk=4, ring=3)], ids=repr
+)
+@pytest.mark.parametrize("annealed", [True, False])
+def test_resumed_equals_unbroken_with_experts(tmp_path: Path, gradient: GradientAlgorithm, annealed: bool) -> None:
+    """Biases that balance, experts left behind, gates that are annealed or keep a temperature, a penalty."""
+
+    def fit(steps: int, **how: Any) -> tuple[Trainer, SequenceModule]:
+        torch.manual_seed(3)
+        cell = RecurrentMoE(3, 4, 4, 6, temperature=0.3, drift_penalty=0.1, balance_rate=0.05)
+        model = SequenceModule(cell, 2, gradient, update_every=2)
+        callbacks = [TemperatureAnnealing(1.0, 0.1, batches=30)] if annealed else []
+        run = trainer(tmp_path, max_steps=steps, callbacks=callbacks)
+        run.fit(model, datamodule=data(steps_per_batch=12), **how)
+        return run, model
+
+    first, unbroken = fit(7)
+    interrupted, _ = fit(4)
+    interrupted.save_checkpoint(tmp_path / "stopped.ckpt")
+    second, resumed = fit(7, ckpt_path=str(tmp_path / "stopped.ckpt"))
+    assert isinstance(resumed.cell, RecurrentMoE)
+    assert isinstance(unbroken.cell, RecurrentMoE)
+    assert resumed.cell.temperature == unbroken.cell.temperature
+    assert resumed.cell.expert_bias.any()
+    expected, got = final(first, unbroken), final(second, resumed)
+    expected |= dict(unbroken.named_buffers())
+    got |= dict(resumed.named_buffers())
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
 
-from rtrl_moe_pl.cells import GRU, RecurrentMoE
+from rtrl_moe_pl.cells import GRU, RecurrentMoE, Routing
 from rtrl_moe_pl.data import AnBnDataModule
 from rtrl_moe_pl.gradients import RTRL, LazyExpertRTRL
 from rtrl_moe_pl.modules import RoutingPicture, SequenceModule
@@ -53,7 +54,7 @@ def test_usage_entropy() -> None:
     assert float(usage_entropy(torch.zeros(3))) == 0.0
 
 
-def fit(cell: torch.nn.Module, gradient: RTRL, folder: Path, picture: RoutingPicture) -> Trainer:
+def fit(cell: torch.nn.Module, gradient: RTRL, folder: Path, picture: RoutingPicture, **options: Any) -> Trainer:
     data = AnBnDataModule(2, 4, batch_size=4, steps_per_batch=8, batches_per_epoch=4, validation_size=8)
     trainer = Trainer(
         max_epochs=1,
@@ -65,7 +66,7 @@ def fit(cell: torch.nn.Module, gradient: RTRL, folder: Path, picture: RoutingPic
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    trainer.fit(SequenceModule(cell, 2, gradient), data)
+    trainer.fit(SequenceModule(cell, 2, gradient, **options), data)
     return trainer
 
 
@@ -81,14 +82,33 @@ def test_it_is_drawn(tmp_path: Path) -> None:
     assert {"train/read_entropy", "train/write_entropy", "train/dead_experts", "train/unwritten_slots"} <= set(figures)
 
 
-def test_balancing_happens_once_an_update(tmp_path: Path) -> None:
-    cell = RecurrentMoE(3, 4, 5, 6, balance_rate=0.5, slot_balance_rate=0.25)
-    fit(cell, LazyExpertRTRL(window=4), tmp_path, RoutingPicture())
-    for bias, rate in ((cell.expert_bias, 0.5), (cell.read_bias, 0.25), (cell.write_bias, 0.25)):
-        steps = bias / rate
+class Watched(RecurrentMoE):
+    """Keeps what it was balanced by."""
+
+    def balance(self, used: Routing) -> None:
+        super().balance(used)
+        self.told = [*getattr(self, "told", []), used]
+
+
+@pytest.mark.parametrize("update_every", [1, 2])
+def test_balancing_happens_once_an_update(tmp_path: Path, update_every: int) -> None:
+    """By what all batches since the last one chose, each counted once, towards what was used too little."""
+    torch.manual_seed(0)
+    cell = Watched(3, 4, 5, 6, balance_rate=0.5, slot_balance_rate=0.25)
+    fit(cell, LazyExpertRTRL(window=4), tmp_path, RoutingPicture(), update_every=update_every)
+    assert len(cell.told) == 4 // update_every
+    expected = {"expert_bias": torch.zeros(6), "read_bias": torch.zeros(5), "write_bias": torch.zeros(5)}
+    for used in cell.told:
+        steps = 4 * 8 * update_every  # of all lanes
+        assert [int(counts.sum()) for counts in used] == [2 * steps] * 3
+        for name, counts, rate in zip(
+            expected, (used.experts, used.read, used.written), (0.5, 0.25, 0.25), strict=True
+        ):
+            mean = 2 * steps / len(counts)
+            expected[name] += rate * torch.tensor([(count < mean) - float(count > mean) for count in counts.tolist()])
+    for name, bias in expected.items():
+        assert torch.equal(getattr(cell, name), bias), name
         assert bool(bias.any())
-        assert torch.equal(steps, steps.round())
-        assert steps.abs().max() <= 4  # batches
 
 
 def test_other_cells_are_refused(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from rtrl_moe_pl.cells import GRU
+from rtrl_moe_pl.cells import GRU, RecurrentMoE
 from rtrl_moe_pl.data import Batch
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, GradientAlgorithm, sequence_gradient
-from rtrl_moe_pl.modules import MLP, SequenceModule, WeightedCrossEntropy
+from rtrl_moe_pl.modules import MLP, SequenceModule, SlotAttention, WeightedCrossEntropy
 from rtrl_moe_pl.modules.base import refuse_float16
 from rtrl_moe_pl.modules.evaluation import evaluate
 from tests.modules.helpers import Figures, data, module, trainer
@@ -163,6 +163,38 @@ def test_evaluation_in_windows_equals_one_pass(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(steps, whole)
 
 
+@pytest.mark.parametrize("labelled", [1, 6])
+def test_a_penalty_weighs_the_same_however_much_is_labelled(tmp_path: Path, labelled: int) -> None:
+    """Its mean over all steps, beside the mean loss of the labelled ones."""
+    (batch,) = loader((4, True))
+    batch.targets[1][:, : 6 - labelled] = 0.0
+    grads = []
+    for penalty in (0.0, 0.5):
+        torch.manual_seed(1)
+        model = SequenceModule(RecurrentMoE(3, 4, 3, 2, expert_penalty=penalty), 2, BPTT(), gradient_clip=None)
+        figures = Figures()
+        trainer(tmp_path, max_steps=1, callbacks=[figures]).fit(model, loader_of(batch))
+        grads.append(figures.grads[0])
+    torch.manual_seed(1)
+    cell = RecurrentMoE(3, 4, 3, 2, expert_penalty=0.5)
+    state, penalties = cell.initial_state(4), []
+    for x in batch.inputs.unbind(1):
+        penalties.append(cell.auxiliary(x, state))
+        state = cell(x, state)
+    torch.stack(penalties).mean().backward()  # type: ignore[arg-type]
+    for name, parameter in cell.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found = grads[1][f"cell.{name}"] - grads[0][f"cell.{name}"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_readout_that_takes_the_input_is_checked_too() -> None:
+    with pytest.raises(ValueError, match=r"model.readout \(SlotAttention\) does not take states of size 12"):
+        SequenceModule(RecurrentMoE(3, 4, 3, 2), 2, RTRL(window=4), SlotAttention(3, 5, 4, 2))
+    with pytest.raises(ValueError, match=r"SlotAttention\) returns \(7,\) values for a state; the data needs \(2,\)"):
+        SequenceModule(RecurrentMoE(3, 4, 3, 2), 2, RTRL(window=4), SlotAttention(3, 3, 4, 7))
+
+
 def test_bptt_is_refused_on_a_stream(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"BPTT\(\) differentiates whole sequences, but data.layout is 'stream'"):
         trainer(tmp_path).fit(module(BPTT()), datamodule=data())
@@ -176,7 +208,11 @@ def loader(*batches: tuple[int, bool]) -> DataLoader:
         starts[:, 0] = start
         targets = (torch.zeros(lanes, 6, dtype=torch.long), torch.ones(lanes, 6))
         made.append(Batch(torch.randn(lanes, 6, 3), targets, starts))
-    return DataLoader(made, batch_size=None)  # type: ignore[arg-type]
+    return loader_of(*made)
+
+
+def loader_of(*batches: Batch) -> DataLoader:
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
 def test_batch_size_is_fixed_under_a_live_carry(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from rtrl_moe_pl.linearization import WindowLinearization
 from rtrl_moe_pl.sensitivities import LazyExpertSensitivity
@@ -16,17 +20,27 @@ from tests.sensitivities.sensitivity_case import (
     advanced,
     assert_same,
     everything,
+    random,
     window,
 )
 
 
+def tensors(saved: Any) -> Iterator[Tensor]:
+    """All of them, however deep."""
+    if isinstance(saved, Tensor):
+        yield saved
+    elif isinstance(saved, dict | list):
+        for value in saved.values() if isinstance(saved, dict) else saved:
+            yield from tensors(value)
+
+
 class LazyCase(SensitivityCase):
     ring = 2
+    tree = False
 
-    def make(self, batch_size: int = BATCH) -> LazyExpertSensitivity:
-        return LazyExpertSensitivity(
-            SHAPES, batch_size, SIZE, torch.float64, torch.device("cpu"), slot_size=2, ring=self.ring
-        )
+    def make(self, batch_size: int = BATCH, ring: int | None = None) -> LazyExpertSensitivity:
+        options: dict[str, Any] = {"slot_size": 2, "ring": self.ring if ring is None else ring, "tree": self.tree}
+        return LazyExpertSensitivity(SHAPES, batch_size, SIZE, torch.float64, torch.device("cpu"), **options)
 
     def truth(self, dense: Dense, linearization: WindowLinearization) -> Dense:
         return advanced(dense, linearization)
@@ -45,10 +59,28 @@ class LazyCase(SensitivityCase):
         before = sensitivity.to_dense()
         for p in sensitivity.to_dense().values():
             p.fill_(7.0)
-        saved = sensitivity.state_dict()
-        for pool in saved["pools"]:
-            pool["values"].fill_(7.0)
+        for value in tensors(sensitivity.state_dict()):
+            value.fill_(7)
         assert_same(sensitivity.to_dense(), before, exactly=True)
+        sensitivity.advance(window("joint"))  # the bank is left behind
+        saved, cotangent = sensitivity.state_dict(), random(BATCH, SIZE)
+        expected = sensitivity.vjp(cotangent)
+        for _ in range(4):
+            sensitivity.advance(everything())
+        sensitivity.load_state_dict(saved)
+        assert_same(sensitivity.vjp(cotangent), expected, exactly=True)
+
+    @pytest.mark.parametrize("ring", [2, 3, 8])
+    def test_another_ring_may_follow(self, ring: int) -> None:
+        made, other = self.make(), self.make(ring=ring)
+        for number in range(9):
+            made.advance(everything() if number < 2 else window("joint"))
+        other.load_state_dict(made.state_dict())
+        for number in range(9):
+            linearization = window("joint") if number % 4 else everything()
+            assert_same(other.contract_and_advance(linearization), made.contract_and_advance(linearization))
+            assert all(pool.oldest(other.windows) <= ring for pool in other.pools.values())
+        assert_same(other.to_dense(), made.to_dense())
 
     def test_many_windows(self) -> None:
         made = self.make()
@@ -80,6 +112,11 @@ class TestRingOfTwo(LazyCase):
 
 class TestRingOfFive(LazyCase):
     ring = 5
+
+
+class TestTree(LazyCase):
+    ring = 5
+    tree = True
 
 
 class TestEveryWindow(LazyCase):

@@ -109,10 +109,33 @@ def test_what_was_saved_is_restored_bit_for_bit() -> None:
     tree, again = (CircularSegmentTree(5, torch.matmul, EYE) for _ in range(2))
     for item in matrices(8):
         tree.append(item)
-    again.load_state_dict(tree.state_dict())
-    assert torch.equal(again.query(1, 5), tree.query(1, 5))
-    with pytest.raises(ValueError, match="keep its capacity"):
-        CircularSegmentTree(9, torch.matmul, EYE).load_state_dict(tree.state_dict())
+    saved = tree.state_dict()
+    before = [tree.query(start, 5) for start in range(6)]
+    for item in matrices(3):
+        tree.append(item)  # what was saved is a copy
+    again.load_state_dict(saved)
+    assert all(torch.equal(again.query(start, 5), product) for start, product in enumerate(before))
+    for capacity in (3, 4, 9):  # another one keeps the newest
+        other = CircularSegmentTree(capacity, torch.matmul, EYE)
+        other.load_state_dict(saved)
+        kept = min(capacity, 5)
+        assert len(other) == kept
+        assert_close(other.query(0, kept), before[5 - kept])
+        other.append(matrices(1)[0])
+        assert torch.equal(other[len(other) - 1], matrices(1)[0])
+    empty = CircularSegmentTree(5, torch.matmul, EYE)
+    again.load_state_dict(empty.state_dict())
+    assert len(again) == 0
+
+
+def test_items_by_number() -> None:
+    items, tree = matrices(7), CircularSegmentTree(5, torch.matmul, EYE)
+    for item in items:
+        tree.append(item)
+    assert all(torch.equal(tree[i], items[2 + i]) for i in range(5))
+    for index in (-1, 5):
+        with pytest.raises(IndexError, match=f"no item {index} among 5"):
+            tree[index]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 1), (2, 1), (0, 3)])
