@@ -4,10 +4,10 @@
     python -m benchmarks.moe_scaling --only slots --quick
     python -m benchmarks.moe_scaling --device cuda
 
-*one*: d = 32, 4 slots, 4 experts, beside BPTT and the naive step-by-step method. *experts*: blocks of 512 tokens with
-one gradient each, flush and contraction included; routers were balanced first, and the number of distinct experts used
-in a block is given. *slots*: at a window of one step, and at long windows (16 steps for dense RTRL, whose derivatives
-take more room; 256 for the others).
+*one*: d = 32, 4 slots, 4 experts. *experts*: blocks of 512 tokens with one gradient each, flush and contraction
+included; routers were balanced first, and the number of distinct experts used in a block is given. *slots*: at a window
+of one step, and at long windows (16 steps for dense RTRL, whose derivatives take more room; 256 for the others). The
+naive method, step by step, is measured at two steps, where it is affordable.
 Times are minima of interleaved repetitions; ratios are medians of the ratios of neighbours in time.
 """
 
@@ -121,6 +121,8 @@ def experts(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
             if batch == 1:
                 runs["BlockRTRL"] = point.run("BlockRTRL", BlockRTRL(**block), BLOCK), BLOCK
                 runs["RTRL"] = point.run("RTRL", RTRL(window=64), 128), 128
+            if batch == 1 and count <= 32:
+                runs["naive"] = point.naive(2), 2
             rows.append({"batch": batch, "experts": count, "used": used, **point.measure(runs, repetitions)})
     return rows
 
@@ -137,6 +139,8 @@ def slots(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
             "BlockRTRL, best": (point.run("BlockRTRL, best", BlockRTRL(window=256), 256), 256),
             "LazyExpertRTRL, best": (point.run("LazyExpertRTRL, best", LazyExpertRTRL(window=256), 256), 256),
         }
+        if count <= 8:
+            runs["naive"] = point.naive(2), 2
         rows.append({"slots": count, **point.measure(runs, repetitions)})
     return rows
 
@@ -155,12 +159,14 @@ def draw(results: dict[str, Any]) -> None:
         (axes[2], results["slots"], "slots", "slots of 32 numbers, 2 written, 1 lane"),
     )
     colours = {"BPTT": "tab:green", "RTRL": "tab:purple", "BlockRTRL": "tab:orange", "LazyExpertRTRL": "tab:blue"}
+    colours["naive"] = "tab:red"
     styles = {"": "o-", "tree": "^:", "block": "s--", "best": "o-", "window 1": "^:"}
     for axis, rows, key, title in panels:
         for name in [name for name in rows[0] if isinstance(rows[0][name], dict)]:
             algorithm, _, form = name.partition(", ")
-            times = [r[name]["us_per_token"] / 1000 for r in rows]
-            axis.plot([r[key] for r in rows], times, styles[form], color=colours[algorithm], label=name)
+            there = [r for r in rows if name in r]
+            times = [r[name]["us_per_token"] / 1000 for r in there]
+            axis.plot([r[key] for r in there], times, styles[form], color=colours[algorithm], label=name)
         axis.set(xscale="log", yscale="log", xlabel=title, ylabel="ms per token")
         axis.set_xticks([r[key] for r in rows], [str(r[key]) for r in rows])
         axis.set_xticks([], minor=True)
