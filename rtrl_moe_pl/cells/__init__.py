@@ -2,6 +2,7 @@
 
 from rtrl_moe_pl.cells.adapters import TorchCell
 from rtrl_moe_pl.cells.base import Cell
+from rtrl_moe_pl.cells.experts import expert_linear
 from rtrl_moe_pl.cells.gru import GRU
 from rtrl_moe_pl.cells.integrator import LeakyIntegrator
 from rtrl_moe_pl.cells.lstm import LSTM
@@ -23,4 +24,5 @@ __all__ = [
     "Stack",
     "TorchCell",
     "VanillaRNN",
+    "expert_linear",
 ]

@@ -148,9 +148,13 @@ def draw(sets: list[Distances], chance: float, title: str) -> Figure:
     accuracy.set(ylabel="accuracy (bars: standard error)", ylim=(-0.03, 1.05), title=title)
     accuracy.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     counts.set_xscale("log", base=2)
+    edges = sorted({edge for answers in sets for edge in (answers.low[0], answers.high[-1] + 1)})
+    if edges[-1] < 4 * edges[0]:  # hardly a power of two between them
+        counts.set_xticks(edges)
     counts.set_yscale("log")
     counts.set(ylabel="answers", xlabel="distance from the value to the question (steps, log scale)")
-    counts.set_ylim(bottom=0.7)  # so that a power of ten is in sight
+    largest = max(total for answers in sets for total in answers.total)
+    counts.set_ylim(0.7, 3 * largest)  # so that a power of ten is in sight, and every marker whole
     counts.yaxis.set_minor_formatter(NullFormatter())
     for axis in (counts.xaxis, counts.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -98,7 +98,7 @@ class RoutingPicture(Callback):
             return
         cell: Any = pl_module.cell
         self.latest = trace(cell, self._inputs)
-        figure = draw(cell, self.latest, f"one sequence, {when(trainer)}")
+        figure = draw(cell, self.latest, f"the first {len(self._inputs)} steps of one lane, {when(trainer)}")
         show(figure, trainer, folder, "val", "routing", dpi=110)
 
 
@@ -129,11 +129,15 @@ def draw(cell: RoutedCell, trace: Trace, title: str) -> Figure:
         _usage(right, chosen)
     norms, table = axes[-1]
     steps = range(len(trace.state_norm))
-    norms.plot(steps, trace.state_norm.tolist(), label="norm of the state")
-    norms.plot(steps, trace.jacobian_norm.tolist(), label="norm of ds'/ds (1: identity)")
+    jacobian = norms.twinx()
+    norms.plot(steps, trace.state_norm.tolist(), color="tab:blue", label="norm of the state")
+    jacobian.plot(steps, trace.jacobian_norm.tolist(), color="tab:orange", label="norm of ds'/ds (1: identity)")
     norms.set(xlabel="step", xlim=(-0.5, len(trace.state_norm) - 0.5), ylim=(0, None))
+    norms.yaxis.label.set_color("tab:blue")
+    norms.set_ylabel("state")
+    jacobian.set_ylabel("ds'/ds", color="tab:orange")
     norms.grid(alpha=0.3)
-    norms.legend(fontsize=8)
+    figure.legend(handles=[*norms.lines, *jacobian.lines], fontsize=8, loc="outside lower left", ncols=2)
     table.axis("off")
     lines = [f"{'multiply-adds a step':18s}{'dense':>9s}{'done':>9s}"]
     lines += [f"{name:18s}{dense:9.2g}{done:9.2g}" for name, dense, done in cost_table(cell, trace)]
@@ -147,7 +151,9 @@ def _raster(axes: Axes, name: str, chosen: Tensor) -> None:
     )
     axes.set(ylabel=name)
     count = chosen.shape[1]
-    axes.set_yticks(range(0, count, max(1, count // 8)))
+    for row in range(count - 1):  # neighbours that are both in use stay apart
+        axes.axhline(row + 0.5, color="white", linewidth=1 if count <= 16 else 0.5)
+    axes.set_yticks(range(0, count, max(1, -(-count // 8))))
 
 
 def _usage(axes: Axes, chosen: Tensor) -> None:
@@ -159,4 +165,4 @@ def _usage(axes: Axes, chosen: Tensor) -> None:
     entropy = float(usage_entropy(counts))
     axes.set_title(f"share; entropy {entropy:.0%} of largest, {unused} unused", fontsize=9)
     axes.set_ylim(-0.5, len(share) - 0.5)
-    axes.set_yticks(range(0, len(share), max(1, len(share) // 8)))
+    axes.set_yticks(range(0, len(share), max(1, -(-len(share) // 8))))
