@@ -273,9 +273,9 @@ def refuse_batch_norm(cell: nn.Module) -> None:
             )
 
 
-def require_same_states(batched: Tensor, sequential: Tensor) -> None:
+def require_same_states(batched: Tensor, sequential: Tensor, why: str = "it is random, or mixes rows") -> None:
     """Raise PlanMismatch if the steps' batched evaluation is not what they were."""
     try:
         require_close(batched, sequential)
     except PlanMismatch:
-        raise PlanMismatch("evaluated together they give other states: it is random, or mixes rows") from None
+        raise PlanMismatch(f"evaluated together they give other states: {why}") from None

@@ -41,7 +41,9 @@ class RoutedLinearizer(Linearizer):
         rows, states = RoutedInputs(inputs.flatten(0, 1), routing), given.flatten(0, 1)
         slots = self._update.gather(rows, states)
         written, derivatives = self._derivatives(rows, slots)
-        require_same_states(self._update.scatter(rows, states, written).view(given.shape), returned)
+        again = self._update.scatter(rows, states, written).view(given.shape)
+        why = "it changes slots that it does not choose to write, or is more than update, random, or mixes rows"
+        require_same_states(again, returned, why)
         assert self._plan is not None
         if self._plan.untapped:
             raise PlanMismatch(f"{min(self._plan.untapped)} is met in a form without a rule")

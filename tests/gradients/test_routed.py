@@ -284,7 +284,10 @@ class Squared(Plain):
         return super().update(x, read, old, routing) + 0.1 * torch.tanh(self.bank.square().sum((0, 2)))
 
 
-@pytest.mark.parametrize(("cell", "reason"), [(Disobedient(), "other states"), (Squared(), "form without a rule")])
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [(Disobedient(), "changes slots that it does"), (Squared(), "form without a rule")],
+)
 def test_what_cannot_be_right_is_refused(cell: RoutedCell, reason: str) -> None:
     problem = make_problem(cell.double(), batch=2, steps=6)
     with pytest.raises(ValueError, match=rf"cannot be trained by its rows: .*{reason}.*; use RTRL\(window=\.\.\)"):
