@@ -22,6 +22,11 @@ class Run(NamedTuple):
     figures: dict[str, list[tuple[int, float, float]]]
 
 
+def arguments(options: dict[str, object]) -> list[str]:
+    """``--KEY VALUE`` of every option."""
+    return [text for key, value in options.items() for text in (f"--{key}", str(value))]
+
+
 def run(action: str, config: str, options: list[str], folder: Path | str, threads: int = 1) -> Run:
     """``python -m rtrl_moe_pl ACTION --config configs/CONFIG.yaml OPTIONS``, logged to a new version under ``folder``.
 

@@ -9,10 +9,6 @@ from rtrl_moe_pl.gradients import RTRL, LazyExpertRTRL
 from rtrl_moe_pl.sensitivities import Sensitivity, ZeroSensitivity
 
 
-def _held_at_zero(shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
-    return ZeroSensitivity(shapes, state.shape[0], state.shape[1], state.dtype, state.device)
-
-
 class RTRLWithoutInfluence(RTRL):
     """RTRL whose influence is held at zero."""
 
@@ -22,16 +18,8 @@ class RTRLWithoutInfluence(RTRL):
         super().__init__(window, chunk=window)  # a longer chunk would see beyond the window without P
 
     def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
-        return _held_at_zero(shapes, state)
+        return ZeroSensitivity(shapes, state.shape[0], state.shape[1], state.dtype, state.device)
 
 
-class LazyExpertRTRLWithoutInfluence(LazyExpertRTRL):
+class LazyExpertRTRLWithoutInfluence(RTRLWithoutInfluence, LazyExpertRTRL):
     """LazyExpertRTRL whose influence is held at zero."""
-
-    exact = carries_influence = False
-
-    def __init__(self, window: int) -> None:
-        super().__init__(window, chunk=window)
-
-    def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
-        return _held_at_zero(shapes, state)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.command import ROOT, Run, run
+from benchmarks.command import ROOT, Run, arguments, run
 from benchmarks.common import RESULTS, write
 
 LOGS = ROOT / "lightning_logs" / "haystack_learning"
@@ -57,7 +57,7 @@ def fixed(length: int, min_gap: int, epochs: int) -> list[str]:
         "data.validation_batch_size": 512,
         "trainer.max_epochs": epochs,
     }
-    return [*(text for key, value in options.items() for text in (f"--{key}", str(value))), *stop_at(0.999)]
+    return [*arguments(options), *stop_at(0.999)]
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,8 @@ class Job:
 HELD, LAZY_HELD = "benchmarks.controls.RTRLWithoutInfluence", "benchmarks.controls.LazyExpertRTRLWithoutInfluence"
 WHOLE = ["--data.layout", "sequences"]
 GAP, UNIFORM = fixed(192, 129, 20), fixed(64, 2, 10)
-LONG = [
-    *("--data.curriculum", "[16,32,64,128,256]", "--data.length", "512", "--trainer.max_epochs", "60"),
-    *("--data.validation_window", "512"),
-    *stop_at(5.99),
-]
+MORE = {"data.curriculum": [16, 32, 64, 128, 256], "data.length": 512, "data.validation_window": 512}
+LONG = [*arguments({**MORE, "trainer.max_epochs": 60}), *stop_at(5.99)]
 JOBS: dict[str, Job] = {
     "curriculum RTRL(16)": Job("haystack_rtrl", [], tested=1048576),
     "curriculum TBPTT(16)": Job("haystack_tbptt", [], tested=2048),
@@ -148,8 +145,7 @@ def test(job: Job, folder: Path, length: int) -> float:
         "data.validation_scales": "[1]",
         "ckpt_path": checkpoints[-1],
     }
-    texts = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    done = run("test", job.config, [*job.options, *texts], folder)
+    done = run("test", job.config, [*job.options, *arguments(options)], folder)
     return round(done.figures["test/accuracy"][-1][1], 4)
 
 
@@ -158,14 +154,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the run of this name, or all whose names begin so")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--parallel", type=int, default=2)
-    arguments = parser.parse_args()
+    chosen = parser.parse_args()
     path = RESULTS / f"{NAME}.json"
     results = json.loads(path.read_text())["results"] if path.exists() else []
     rows: dict[tuple[str, int], dict[str, Any]] = {(row["run"], row["seed"]): row for row in results}
-    names = [arguments.only] if arguments.only in JOBS else [name for name in JOBS if name.startswith(arguments.only)]
-    jobs = [(name, seed) for seed in arguments.seeds for name in names]
+    names = [chosen.only] if chosen.only in JOBS else [name for name in JOBS if name.startswith(chosen.only)]
+    jobs = [(name, seed) for seed in chosen.seeds for name in names]
     jobs = [job for job in jobs if job not in rows or missing(rows[job])]
-    with ThreadPoolExecutor(arguments.parallel) as pool:
+    with ThreadPoolExecutor(chosen.parallel) as pool:
         waiting = [pool.submit(lambda job: complete(rows.get(job) or fit(*job)), job) for job in jobs]
         for ended in tqdm(as_completed(waiting), total=len(jobs)):
             row = ended.result()

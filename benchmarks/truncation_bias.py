@@ -10,7 +10,6 @@ RTRL has trained it for a while at gaps from 2. Three seeds.
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,13 +31,13 @@ WINDOWS = (1, 2, 4, 8, 16, 32, 64)
 
 def gradient(algorithm: GradientAlgorithm, cell: nn.Module, readout: nn.Module, task: Haystack) -> Tensor:
     """Of the recurrent parameters, as one vector."""
-    cursor = Cursor(*torch.zeros(2, SAMPLES, dtype=torch.long))
+    lanes = torch.arange(SAMPLES)
+    cursor = Cursor(lanes, torch.zeros_like(lanes))  # every lane has a sequence of its own
     batch, _ = window(task, 0, cursor, LENGTH, SAMPLES)
     inputs = batch.one_hot(task.vocabulary_size).inputs.float()
-    memory = algorithm.init(cell, SAMPLES, inputs.device)
-    cell.zero_grad()
-    algorithm.run(cell, readout, inputs, batch.targets, WeightedCrossEntropy(), memory, batch.starts)
-    return torch.cat([p.grad.flatten() for p in cell.parameters() if p.grad is not None])
+    memory = algorithm.init(cell, SAMPLES)
+    found = algorithm.run(cell, readout, inputs, batch.targets, WeightedCrossEntropy(), memory, batch.starts)
+    return torch.cat([grad.flatten() for name, grad in found.grads.items() if name.startswith("cell.")])
 
 
 def rows(cell: nn.Module, readout: nn.Module, of: str, seed: int) -> list[dict[str, Any]]:
@@ -67,15 +66,13 @@ def main() -> None:
     for seed in tqdm(range(3)):
         with tempfile.TemporaryDirectory() as folder:
             fitted = run("fit", "haystack_rtrl", ["--seed_everything", str(seed), *fixed(LENGTH, 2, 1)], folder)
-            checkpoint = torch.load(next(Path(fitted.folder).rglob("last.ckpt")), weights_only=False)
+            checkpoint = torch.load(fitted.folder / "checkpoints" / "last.ckpt", weights_only=True)
         torch.manual_seed(seed)
-        cell = GRU(task.vocabulary_size, 16, max_memory=LENGTH)
+        cell = GRU(task.vocabulary_size, 16, max_memory=4 * LENGTH)
         readout = nn.Linear(16, task.num_classes)
         found += rows(cell, readout, "initial", seed)
-        for module, prefix in ((cell, "cell."), (readout, "readout.")):
-            module.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-            )
+        weights = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith(("cell.", "readout."))}
+        nn.ModuleDict({"cell": cell, "readout": readout}).load_state_dict(weights)
         found += rows(cell, readout, "trained", seed)
         for row in found:
             if row["seed"] == seed:

@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from rtrl_moe_pl.cli import main
-from rtrl_moe_pl.gradients import RTRL, Memory, WindowResult
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -109,16 +107,6 @@ def test_haystack_1m_evaluates_a_checkpoint_of_haystack_rtrl(tmp_path: Path, cap
     assert len(list(tmp_path.rglob("test_accuracy_by_distance.png"))) == 1
 
 
-class NoInfluence(RTRL):
-    """RTRL whose influence is held at zero."""
-
-    def step(
-        self, cell: Any, readout: Any, inputs: Tensor, targets: Any, loss_fn: Any, memory: Memory, *more: Any
-    ) -> WindowResult:
-        memory.sensitivity.zero_()
-        return super().step(cell, readout, inputs, targets, loss_fn, memory, *more)
-
-
 def accuracies(folder: Path) -> dict[str, float]:
     """The last value of every validation accuracy in the newest checkpoint's run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -135,7 +123,7 @@ def accuracies(folder: Path) -> dict[str, float]:
     [
         ('{"class_path": "RTRL", "init_args": {"window": 8}}', True),
         ('{"class_path": "TBPTT", "init_args": {"window": 8}}', False),
-        ('{"class_path": "tests.test_configs.NoInfluence", "init_args": {"window": 8}}', False),
+        ('{"class_path": "benchmarks.controls.RTRLWithoutInfluence", "init_args": {"window": 8}}', False),
     ],
 )
 def test_only_carried_influence_learns_recall(tmp_path: Path, gradient: str, learns: bool) -> None:

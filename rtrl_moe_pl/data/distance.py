@@ -12,7 +12,6 @@ from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from rtrl_moe_pl.data.batch import Batch
-from rtrl_moe_pl.data.module import SequenceDataModule
 from rtrl_moe_pl.training.pictures import picture_folder, show, when
 
 _OCTAVES = 40  # distances of 10^12 steps will do
@@ -67,8 +66,7 @@ class AccuracyByDistance(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._counts = {}
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._counts = {}
+    on_test_start = on_validation_start
 
     def on_validation_batch_end(
         self,
@@ -79,30 +77,19 @@ class AccuracyByDistance(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._count(trainer.datamodule, "validation", outputs, batch, dataloader_idx)  # type: ignore[attr-defined]
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._count(trainer.datamodule, "test", outputs, batch, dataloader_idx)  # type: ignore[attr-defined]
-
-    def _count(self, data: SequenceDataModule, split: str, outputs: Tensor, batch: Batch, loader: int) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         labels, weights = batch.targets
         lanes, steps = weights.nonzero().unbind(1)
         assert batch.sequences is not None
-        stream = data.evaluation_stream(split, loader)
+        stream = data.evaluation_stream("test" if trainer.testing else "validation", dataloader_idx)
         gaps = stream.task.gaps(stream.seed, batch.sequences[lanes])  # type: ignore[attr-defined]
         right = outputs[lanes, steps].argmax(-1) == labels[lanes, steps]
         bins = torch.bucketize(gaps, self.edges.to(gaps.device), right=True) - 1
-        counts = self._counts.setdefault(loader, torch.zeros(2, len(self.edges), dtype=torch.int64, device=gaps.device))
+        counts = self._counts.setdefault(dataloader_idx, gaps.new_zeros(2, len(self.edges)))
         counts[0].index_add_(0, bins, right.long())
         counts[1].index_add_(0, bins, torch.ones_like(bins))
+
+    on_test_batch_end = on_validation_batch_end
 
     # ---- drawing
 

@@ -43,12 +43,11 @@ class LazyExpertSensitivity(Sensitivity):
 
     def __init__(self, *args: Any, slot_size: int, ring: int, tree: bool = False) -> None:
         super().__init__(*args)
-        self.ring, self.slot_size = ring, slot_size
+        self.ring, self.slot_size, self.tree = ring, slot_size, tree
         self._shared = BlockSparseSensitivity(*args, slot_size=slot_size)
         self.pools: dict[Block, ExpertPool] = {}
         self._eye = torch.eye(self.state_size, dtype=self.dtype, device=self.device)
-        self._tree = CircularSegmentTree(ring, torch.matmul, self._eye) if tree else None
-        self._pending = deque(maxlen=ring) if self._tree is None else self._tree  # J's [B, S, S], the oldest first
+        self._pending = self._kept({}, ring)  # J's [B, S, S], the oldest first
         self.windows = 0  # that P was advanced over
 
     # ---- reading
@@ -118,8 +117,8 @@ class LazyExpertSensitivity(Sensitivity):
             [B, D, S, S].
         """
         kept = len(self._pending)
-        if self._tree is not None:
-            products = self._tree.query((kept - ages).expand(self.batch_size, -1), kept)
+        if isinstance(self._pending, CircularSegmentTree):
+            products = self._pending.query((kept - ages).expand(self.batch_size, -1), kept)
             return products if latest is None else latest[:, None] @ products
         product = self._eye.expand(self.batch_size, -1, -1) if latest is None else latest
         found, age = [], 0
@@ -154,23 +153,24 @@ class LazyExpertSensitivity(Sensitivity):
         self._shared.zero_()
         for pool in self.pools.values():
             pool.drop(torch.ones(self.batch_size, dtype=torch.bool, device=self.device))
-        self._set_pending({})
+        self._pending = self._kept({}, self.ring)
         self.windows = 0
 
     @property
     def nbytes(self) -> int:
-        each = [self._pending[i].nbytes for i in range(len(self._pending))]
-        pending = sum(each) if self._tree is None else self._tree.nbytes
-        return self._shared.nbytes + pending + sum(pool.nbytes for pool in self.pools.values())
+        kept = [self._pending] if isinstance(self._pending, CircularSegmentTree) else self._pending
+        return sum(part.nbytes for part in (self._shared, *kept, *self.pools.values()))
 
     def state_dict(self) -> dict[str, Any]:
         """A run that goes on from it gives the same numbers, bit for bit."""
-        kept = [self._pending[i] for i in range(len(self._pending))]
-        pending = {"items": torch.stack(kept)} if kept else {}
+        if isinstance(self._pending, CircularSegmentTree):
+            pending = self._pending.state_dict()
+        else:
+            pending = {"items": torch.stack(list(self._pending))} if self._pending else {}
         return {
             "shared": self._shared.state_dict(),
             "pools": [pool.state_dict() for pool in self.pools.values()],
-            "pending": pending if self._tree is None else self._tree.state_dict(),
+            "pending": pending,
             "windows": self.windows,
         }
 
@@ -188,16 +188,16 @@ class LazyExpertSensitivity(Sensitivity):
         self._shared.load_state_dict(state["shared"])
         self.pools = {pool.block: pool for pool in pools}
         self.windows = state["windows"]
-        tree, self._tree = self._tree, None
-        self._pending = deque(item.to(self._eye) for item in state["pending"].get("items", ()))
+        saved = state["pending"]
+        self._pending = self._kept(saved, max(self.ring, len(saved.get("items", ()))))  # all, until all are up to date
         for pool in pools:
             self._catch_up(pool, pool.due([], self.windows - self.ring - 1))
-        self._tree = tree
-        self._set_pending(state["pending"])
+        self._pending = self._kept(saved, self.ring)
 
-    def _set_pending(self, saved: dict[str, Any]) -> None:
-        if self._tree is None:
-            self._pending = deque((item.to(self._eye) for item in saved.get("items", ())), maxlen=self.ring)
-        else:
-            self._tree.load_state_dict({"first": 0, **saved})
-            self._pending = self._tree
+    def _kept(self, saved: dict[str, Any], ring: int) -> deque[Tensor] | CircularSegmentTree:
+        """The newest of what was saved, at most ``ring``."""
+        if self.tree:
+            tree = CircularSegmentTree(ring, torch.matmul, self._eye)
+            tree.load_state_dict({"first": 0, **saved})
+            return tree
+        return deque((item.to(self._eye) for item in saved.get("items", ())), maxlen=ring)
