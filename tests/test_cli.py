@@ -51,10 +51,12 @@ def checkpoint(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def python(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(
+    *arguments: str, folder: Path, stderr: int = subprocess.PIPE, **environment: str
+) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=240)
+    options: dict = {"cwd": folder, "env": variables, "stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+    return subprocess.run([sys.executable, *arguments], timeout=240, **options)
 
 
 def test_help_does_not_import_torch(tmp_path: Path) -> None:
@@ -252,3 +254,18 @@ def test_two_processes_equal_one_with_the_double_batch(here: Path, capsys: pytes
     broken = python("-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", *two, *again, folder=here)
     assert broken.returncode != 0
     assert "last.ckpt.rank1 is missing" in broken.stderr
+
+
+def test_a_linked_option_that_is_overruled_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "--trainer.max_steps", "1", "--model.cell.input_size", "7") == 0
+    assert "model.cell.input_size: 7 is not used: the data has 3" in capsys.readouterr().out
+    assert run("fit", "--trainer.max_steps", "1", "--trainer.callbacks", "ModelSummary") == 0
+    assert "is not used" not in capsys.readouterr().out
+
+
+def test_an_error_begins_a_line_of_its_own(here: Path) -> None:
+    bad = ["--model.optimizer.lr", "1e30", "--model.gradient_clip", "null", "--trainer.enable_progress_bar", "true"]
+    done = python("-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", *bad, folder=here, stderr=subprocess.STDOUT)
+    assert done.returncode == 1
+    assert "Epoch 0" in done.stdout
+    assert "\nerror: training stopped at step" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -54,10 +55,32 @@ class Cell(nn.Module, ABC):
         """The next state [B, S], from the input x [B, D] and the state s [B, S]."""
 
 
+def require_inputs(cell: nn.Module, inputs: Tensor) -> None:
+    """Raise ValueError if inputs [B, T, ..] are not what a ``Cell`` says that it reads."""
+    size = cell.input_size if isinstance(cell, Cell) else None
+    if size is not None and inputs.shape[2:] != (size,):
+        fix = ": token ids need a cell with an embedding, or data.encoding one_hot" if inputs.ndim == 2 else ""
+        raise ValueError(f"{type(cell).__name__} reads [batch, time, {size}] numbers, got {list(inputs.shape)}{fix}")
+
+
 def at_least(minimum: int, name: str, value: int) -> int:
     """Return the value if it is an integer of at least ``minimum``; say in one line what is wrong if not."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def not_negative(name: str, value: float) -> float:
+    """Return the value if it is a finite number of at least 0; say in one line what is wrong if not."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+    return value
+
+
+def positive(name: str, value: float) -> float:
+    """Return the value if it is a finite number above 0; say in one line what is wrong if not."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value}")
     return value

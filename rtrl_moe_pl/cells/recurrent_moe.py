@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.cells.base import at_least, not_negative, positive
 from rtrl_moe_pl.cells.chrono import chrono_bias
 from rtrl_moe_pl.cells.experts import expert_linear
 from rtrl_moe_pl.cells.routed import RoutedCell, Routing, put_slots, take_slots
@@ -83,19 +83,11 @@ class RecurrentMoE(RoutedCell):
         at_least(1, "num_experts", num_experts)
         sizes = num_slots, slot_size, num_experts, read_slots, write_slots, active_experts
         super().__init__(input_size, *sizes, learned_initial_state=learned_initial_state)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
-        for name, weight in (
-            ("balance_rate", balance_rate),
-            ("slot_balance_rate", slot_balance_rate),
-            ("drift_penalty", drift_penalty),
-            ("expert_penalty", expert_penalty),
-        ):
-            if not weight >= 0:
-                raise ValueError(f"{name} must be at least 0, got {weight}")
-        self.temperature = temperature
-        self.balance_rate, self.slot_balance_rate = balance_rate, slot_balance_rate
-        self.drift_penalty, self.expert_penalty = drift_penalty, expert_penalty
+        self.temperature = positive("temperature", temperature)
+        self.balance_rate = not_negative("balance_rate", balance_rate)
+        self.slot_balance_rate = not_negative("slot_balance_rate", slot_balance_rate)
+        self.drift_penalty = not_negative("drift_penalty", drift_penalty)
+        self.expert_penalty = not_negative("expert_penalty", expert_penalty)
         self.orthogonal = orthogonal
         d = slot_size
         self.embed = nn.Linear(input_size, d)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rtrl_moe_pl.cells.base import Cell, at_least
@@ -42,6 +43,7 @@ class RoutedCell(Cell):
 
     Raises:
         ValueError: for a number of choices below 1 or above what there is.
+        TypeError: for a subclass that overrides ``forward``.
     """
 
     def __init__(
@@ -68,6 +70,11 @@ class RoutedCell(Cell):
         )
 
     banks: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls):
+            raise TypeError(f"{cls.__name__} overrides forward: a RoutedCell's step is advance, override that")
 
     @abstractmethod
     def route(self, x: Tensor, s: Tensor) -> Routing:
@@ -114,7 +121,13 @@ def _choices(name: str, value: int, of: str, limit: int) -> int:
 
 
 def take_slots(slots: Tensor, index: Tensor) -> Tensor:
-    """Slots [N, I, d] of ``slots`` [N, S, d] by ``index`` [N, I]."""
+    """Slots [N, I, d] of ``slots`` [N, S, d] by ``index`` [N, I].
+
+    Raises:
+        TypeError: for an index of another type than int64.
+    """
+    if index.dtype != torch.int64:
+        raise TypeError(f"indices of slots must be int64, got {index.dtype}")
     return slots.gather(1, index.unsqueeze(-1).expand(-1, -1, slots.shape[-1]))
 
 

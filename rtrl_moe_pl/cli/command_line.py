@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import rtrl_moe_pl.cells  # short class names in YAML are those of imported classes
@@ -21,7 +21,7 @@ from rtrl_moe_pl.cli.audit import audit
 from rtrl_moe_pl.cli.messages import one_line
 from rtrl_moe_pl.modules import ManualModule, SequenceModule
 from rtrl_moe_pl.modules.base import refuse_float16
-from rtrl_moe_pl.training.callbacks import LastCheckpoint, PredictionWriter
+from rtrl_moe_pl.training.callbacks import Bar, LastCheckpoint, PredictionWriter
 from rtrl_moe_pl.training.checkpoints import newest_readable, require_readable, require_writable
 
 # Lightning's, about what is meant here: data made on the device, one folder per run, figures every few batches.
@@ -31,6 +31,11 @@ IGNORED_WARNINGS = (
     "is smaller than the logging interval",
     "LeafSpec",
     "LightningCLI's args parameter",
+)
+LINKS = (
+    ("data.input_size", "model.init_args.cell.init_args.input_size"),
+    ("data.output_size", "model.init_args.output_size"),
+    ("data.output_size", "model.init_args.readout.init_args.output_size"),
 )
 WITH_CHECKPOINT = ("fit", "validate", "test", "predict")
 
@@ -100,9 +105,8 @@ class CommandLine(LightningCLI):
                 "checkpoint.auto_insert_metric_name": False,
             }
         )
-        parser.link_arguments("data.input_size", "model.init_args.cell.init_args.input_size", apply_on="instantiate")
-        for owner in ("model", "model.init_args.readout"):
-            parser.link_arguments("data.output_size", f"{owner}.init_args.output_size", apply_on="instantiate")
+        for source, target in LINKS:
+            parser.link_arguments(source, target, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
@@ -130,13 +134,23 @@ class CommandLine(LightningCLI):
                 raise ValueError(f"threads must be at least 1, or null for torch's own number, got {threads}")
             torch.set_num_threads(threads)
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        for source, target in LINKS:
+            given = self.config[self.config.subcommand].get(target)
+            used = getattr(self.datamodule, source.split(".")[1], None)
+            if given is not None and given != used:
+                key = target.replace("init_args.", "")
+                print(f"{key}: {given} is not used: the data has {used}")
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.config.subcommand]
-        callbacks = list(config.trainer.callbacks or [])
+        given = config.trainer.callbacks or []
+        callbacks = [given] if isinstance(given, Callback) else list(given)
         if config.trainer.enable_checkpointing is not False:
             callbacks += [config.checkpoint, LastCheckpoint()]
         if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(TQDMProgressBar(refresh_rate=10))  # the same bar in every environment
+            callbacks.append(Bar(refresh_rate=10))  # the same bar in every environment
         if self.config.subcommand == "predict":
             callbacks.append(PredictionWriter())
         if config.trainer.strategy == "auto" and count_processes(config.trainer) > 1:

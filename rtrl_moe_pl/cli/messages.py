@@ -10,14 +10,20 @@ _TREE = re.compile(r'Parser key "|Does not validate against any of|is not accept
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':|.*Got value: Namespace\(class_path='([^']+)'")
 _NOISE = re.compile(
-    r"Does not validate against any of|Subtypes: |Errors:|Given value type: |Expected a <class 'NoneType'>|"
-    r"Problem with given class_path|$"
+    r"Does not validate against any of|Subtypes: |Errors:|Given value type: |Expected (?:a )?<class 'NoneType'>|"
+    r"Problem with given class_path|Expected a path but |Subclass types expect one of|$"
 )
 _GIVEN = re.compile(r"Given value: (?:NestedArg\(key='[^']*', val='?(.*?)'?\)$|(.*))")
 _UNKNOWN = re.compile(
     r"Option '([^']+)' is not accepted|unrecognized arguments: -*([\w.]+)|not accept option '([^']+)'"
 )
-_EXPECTED = re.compile(r"Expected an? (?:<class '([^']+)'>|typing\.(\S.*?))(?:\. Got value: (.*))?$")
+_EXPECTED = re.compile(r"Expected (?:an? )?(?:<class '([^']+)'>|typing\.(\S.*?))(?:\. Got value: (.*))?$")
+_NO_OBJECT = re.compile(r"No module named|.*has no attribute|.*cannot import name")
+_NO_CLASS_GIVEN = re.compile(
+    r"Not a valid subclass of|Expected an instantiatable class|Option 'class_path' is not accepted"
+)
+_REQUIRED = re.compile(r"the following arguments are required: (.*)")
+_TYPES = {"collections.abc.Sequence": "a list", "collections.abc.Mapping": "keys and values"}
 _NO_CLASS = re.compile(r"Expected a dot import path string: (.*)")
 _NO_YAML = re.compile(r"(?:Problems parsing config: |Unexpected config: *)(.*)", re.DOTALL)
 
@@ -40,6 +46,7 @@ def one_line(error: BaseException) -> str:
     keys: list[str] = []
     owner = given = None
     causes: list[str] = []
+    other = False
     for line in text.splitlines():
         line = line.strip().removeprefix("- ")
         if key := _KEY.match(line):
@@ -48,30 +55,42 @@ def one_line(error: BaseException) -> str:
             keys.append(key[1])
             line = key[2]
         if found := _CLASS.match(line):
-            owner = owner if causes else found[1] or found[2]
+            other = bool(causes)  # the next branch of a union
+            owner = owner if other else found[1] or found[2]
         if found := _GIVEN.match(line):
             given = found[1] or found[2]
             break
-        if not _NOISE.match(line):
+        if not other and not _NOISE.match(line):
             causes.append(line)
     return _sentence(".".join(keys), causes, owner, given) or " ".join(text.split())
 
 
 def _sentence(path: str, causes: list[str], owner: str | None, given: str | None) -> str:
     for cause in causes:
+        if _NO_CLASS_GIVEN.match(cause):
+            return f"{path}: needs the name of a class, or class_path and init_args and no other key, got {given}"
+        if _NO_OBJECT.match(cause):
+            return f"{path}: cannot import {owner}: {cause}"
+        if missing := _REQUIRED.match(cause):
+            return f"{path}: {missing[1]} is missing" + (f": {_takes(owner)}" if owner else "")
         if unknown := _UNKNOWN.search(cause):
             key = ".".join(filter(None, [path, unknown[1] or unknown[2] or unknown[3]]))
-            return f"unknown key {key}" + (f": {owner.rsplit('.', 1)[-1]} takes {_options(owner)}" if owner else "")
+            return f"unknown key {key}" + (f": {_takes(owner)}" if owner else "")
         if missing := _NO_CLASS.search(cause):
             return f"{path}: there is no class {missing[1]}: give the name of an imported one, or its full path"
     expected = [found for cause in causes if (found := _EXPECTED.match(cause))]
     if expected:
-        types = " or ".join(found[1] or found[2] for found in expected)
+        types = " or ".join(_readable(found[1] or found[2]) for found in expected)
         return f"{path}: needs {types}, got {expected[0][3] or given}"
     return ": ".join(part for part in (path, *causes[:1]) if part)
 
 
-def _options(class_path: str) -> str:
+def _readable(name: str) -> str:
+    """The name of a type, for those who write YAML."""
+    return _TYPES.get(name, f"one of {name[8:-1]}" if name.startswith("Literal[") else name)
+
+
+def _takes(class_path: str) -> str:
     """Names of the arguments of a class, its bases' included where it hands arguments on."""
     module, name = class_path.rsplit(".", 1)
     found: dict[str, None] = {}
@@ -82,4 +101,4 @@ def _options(class_path: str) -> str:
         found |= {p.name: None for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return ", ".join(found)
+    return f"{name} takes {', '.join(found)}"

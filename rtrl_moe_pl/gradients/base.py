@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from rtrl_moe_pl.cells.base import require_inputs
 from rtrl_moe_pl.gradients.memory import Forecast, Memory, recurrent_parameters
 from rtrl_moe_pl.gradients.windows import LossFunction, Targets, slice_time
 from rtrl_moe_pl.sensitivities import ZeroSensitivity
@@ -208,10 +209,16 @@ def named_parameters(cell: nn.Module, readout: nn.Module) -> dict[str, nn.Parame
 
 
 def with_fresh_start(
-    algorithm: GradientAlgorithm, memory: Memory, inputs: Tensor, targets: Targets, starts: Tensor | None
+    algorithm: GradientAlgorithm,
+    cell: nn.Module,
+    memory: Memory,
+    inputs: Tensor,
+    targets: Targets,
+    starts: Tensor | None,
 ) -> Tensor | None:
     """The window's starts, everything checked, with a start at step 0 for a fresh memory."""
     require_data(inputs, targets, starts)
+    require_inputs(cell, inputs)
     memory.require_whole()
     batch, steps = inputs.shape[:2]
     if batch != memory.batch_size:

@@ -94,8 +94,7 @@ class Memory:
         """Plain tensors, numbers and strings. Saving leaves everything as it is."""
         self.require_whole()
         tail = {} if self.tail is None or not len(self.tail) else self.tail.state_dict() | {"size": self.tail.capacity}
-        kind = type(self.base).__name__
-        held = {"sensitivity": self.base.state_dict(), "kind": kind, "tail": tail}
+        held = {"sensitivity": self.base.state_dict(), "algorithm": self.base.algorithm, "tail": tail}
         return {"state": self.state, "fresh": self.fresh, **held}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -104,11 +103,10 @@ class Memory:
         Raises:
             ValueError: if algorithm, batch size, state size or parameters differ.
         """
-        kind = type(self.base).__name__
-        if saved.get("kind", kind) != kind:
+        if saved["algorithm"] != self.base.algorithm:
             raise ValueError(
-                f"the saved influence is a {saved['kind']}, this run carries a {kind}: resume with the algorithm it "
-                "was saved with"
+                f"the saved influence is that of {saved['algorithm']}, this run's is of {self.base.algorithm}: resume "
+                "with the algorithm it was saved with"
             )
         if saved["state"].shape != self.state.shape:
             raise ValueError(

@@ -53,7 +53,7 @@ class _ReverseMode(GradientAlgorithm):
         starts: Tensor | None = None,
         auxiliary_weight: float | Tensor = 1.0,
     ) -> WindowResult:
-        starts = with_fresh_start(self, memory, inputs, targets, starts)
+        starts = with_fresh_start(self, cell, memory, inputs, targets, starts)
         starting = starting_steps(starts, inputs.shape[1])
         initial = cell.initial_state(memory.batch_size) if any(starting) else None  # type: ignore[operator]
         routings = routings_of(cell)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.cells.routed import RoutedCell
-from rtrl_moe_pl.gradients.memory import Forecast, Memory, forecast_influence
+from rtrl_moe_pl.gradients.memory import (
+    Forecast,
+    Memory,
+    MemoryForecastError,
+    forecast_influence,
+    free_memory,
+    readable,
+)
 from rtrl_moe_pl.gradients.rtrl import RTRL
 from rtrl_moe_pl.linearization import Linearizer, RoutedLinearizer
 from rtrl_moe_pl.sensitivities import BlockSparseSensitivity, LazyExpertSensitivity, Sensitivity
@@ -49,6 +56,9 @@ class BlockRTRL(RTRL):
                 f"{type(self).__name__} needs a cell that chooses slots (a RoutedCell, such as RecurrentMoE), and "
                 f"{type(cell).__name__} is none: use RTRL(window={self.window})"
             )
+        unknown = sorted(set(cell.banks) - {name for name, _ in cell.named_parameters()})
+        if unknown:
+            raise ValueError(f"{type(cell).__name__}.banks names {unknown[0]!r}, which is none of its parameters")
 
     def chunk_for(self, cell: nn.Module, is_sparse: bool | None = True, batch_size: int = 1) -> int:
         """Steps between two advances of P for this cell and batch."""
@@ -131,11 +141,23 @@ class LazyExpertRTRL(BlockRTRL):
         ring, tree = 0 if self.catch_up == "block" else self.ring, self.catch_up == "tree"
         return LazyExpertSensitivity(*sizes, slot_size=cell.slot_size, ring=ring, tree=tree)
 
+    def _require_room(self, cell: nn.Module, state: Tensor) -> None:
+        kept, free = self._ring_bytes(len(state), state.shape[1], state.dtype), free_memory(state.device)
+        if kept > free:
+            raise MemoryForecastError(
+                f"{self} keeps {readable(kept)} of the state's derivatives, but {readable(free)} are free: "
+                "set a smaller ring"
+            )
+        super()._require_room(cell, state)
+
     def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
         found = super().forecast(cell, batch_size, dtype, steps)
-        jacobians = {"walk": self.ring, "tree": 4 * self.ring, "block": 0}[self.catch_up]
-        kept = jacobians * batch_size * int(cell.state_size) ** 2 * dtype.itemsize  # type: ignore[arg-type]
+        kept = self._ring_bytes(batch_size, int(cell.state_size), dtype)  # type: ignore[arg-type]
         return replace(found, influence_bytes=found.influence_bytes + kept)
+
+    def _ring_bytes(self, batch_size: int, state_size: int, dtype: torch.dtype) -> int:
+        jacobians = {"walk": self.ring, "tree": 4 * self.ring, "block": 0}[self.catch_up]
+        return jacobians * batch_size * state_size**2 * dtype.itemsize
 
 
 def _written(cell: RoutedCell) -> int:

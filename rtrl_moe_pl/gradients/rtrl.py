@@ -141,7 +141,7 @@ class RTRL(GradientAlgorithm):
         starts: Tensor | None = None,
         auxiliary_weight: float | Tensor = 1.0,
     ) -> WindowResult:
-        starts = with_fresh_start(self, memory, inputs, targets, starts)
+        starts = with_fresh_start(self, cell, memory, inputs, targets, starts)
         starting = starting_steps(starts, inputs.shape[1])
         parameters = recurrent_parameters(cell)
         linearizer = memory.linearizer

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.cells.base import at_least, positive
 
 
 class TemperatureAnnealing(Callback):
@@ -26,9 +26,8 @@ class TemperatureAnnealing(Callback):
     """
 
     def __init__(self, start: float = 1.0, end: float = 0.1, batches: int = 1000) -> None:
-        if not (start > 0 and end > 0):
-            raise ValueError(f"temperatures must be above 0, got start {start} and end {end}")
-        self.start, self.end, self.batches = start, end, at_least(1, "batches", batches)
+        self.start, self.end = positive("start", start), positive("end", end)
+        self.batches = at_least(1, "batches", batches)
 
     def at(self, batch: int) -> float:
         """The temperature in batch number ``batch``, from 0."""

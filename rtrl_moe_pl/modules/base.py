@@ -44,8 +44,8 @@ class ManualModule(LightningModule):
         update_every: int = 1,
     ) -> None:
         super().__init__()
-        if gradient_clip is not None and not gradient_clip > 0:
-            raise ValueError(f"gradient_clip must be positive or null, got {gradient_clip}")
+        if gradient_clip is not None and not 0 < gradient_clip < math.inf:
+            raise ValueError(f"gradient_clip must be positive and finite, or null for none, got {gradient_clip}")
         if update_every < 1:
             raise ValueError(f"update_every must be at least 1 batch, got {update_every}")
         self.automatic_optimization = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rtrl_moe_pl.cells.base import require_inputs
 from rtrl_moe_pl.gradients.windows import read_out, starting_steps, unroll
 
 WINDOW = 256  # steps whose states are kept at a time: memory does not grow with the length
@@ -21,6 +22,7 @@ def go_on(
     cell: nn.Module, readout: nn.Module, inputs: Tensor, starts: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, O], begun at a state [B, S] (None: the initial one), and the state after the last step."""
+    require_inputs(cell, inputs)
     initial: Tensor = cell.initial_state(inputs.shape[0])  # type: ignore[operator]
     state = initial if state is None else state
     outputs = []

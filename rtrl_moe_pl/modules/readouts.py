@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rtrl_moe_pl.cells.base import at_least
+
 
 class MLP(nn.Module):
     """One hidden ReLU layer: [.., input_size] -> [.., output_size].
@@ -28,8 +30,8 @@ class SlotAttention(nn.Module):
     """Attends over a state's slots with a query made from the input: state [N, S d], input [N, D] -> [N, output_size].
 
     Args:
-        input_size: D.
-        num_slots, slot_size: of the cell.
+        input_size: D, the width of the data's inputs: the number of tokens.
+        num_slots, slot_size: as the cell's.
         output_size: outputs.
     """
 
@@ -37,7 +39,8 @@ class SlotAttention(nn.Module):
 
     def __init__(self, input_size: int, num_slots: int, slot_size: int, output_size: int) -> None:
         super().__init__()
-        self.num_slots, self.slot_size = num_slots, slot_size
+        self.input_size = at_least(1, "input_size", input_size)
+        self.num_slots, self.slot_size = at_least(1, "num_slots", num_slots), at_least(1, "slot_size", slot_size)
         self.address = nn.Parameter(torch.randn(num_slots, slot_size))
         self.query = nn.Linear(input_size, slot_size)
         self.source = nn.Linear(slot_size, 2 * slot_size)  # keys above values

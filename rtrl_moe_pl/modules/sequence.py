@@ -250,10 +250,19 @@ class SequenceModule(ManualModule):
 def _check_readout(cell: nn.Module, readout: nn.Module, output_size: int) -> None:
     """Refuse a readout that does not fit the cell, in one line and before any data is made."""
     size = cell.state_size
+    for name in ("num_slots", "slot_size"):
+        ours, needed = getattr(readout, name, None), getattr(cell, name, None)
+        if ours is not None and needed is not None and ours != needed:
+            raise ValueError(f"model.readout.{name} is {ours}, but the cell's is {needed}: give both the same")
     given = [cell.initial_state(2)]  # type: ignore[operator]
     if getattr(readout, "takes_input", False):
         if not isinstance(getattr(cell, "input_size", None), int):
             return
+        width = getattr(readout, "input_size", cell.input_size)
+        if width != cell.input_size:
+            raise ValueError(
+                f"model.readout.input_size is {width}, but the cell reads {cell.input_size} numbers: give both the same"
+            )
         given.append(given[0].new_zeros(2, cell.input_size))  # type: ignore[call-overload]
     try:
         shape = tuple(readout(*given).shape)

@@ -24,6 +24,7 @@ class Sensitivity(ABC):
     """
 
     exact: ClassVar[bool]
+    algorithm: ClassVar[str]  # whose representation it is, for people
 
     def __init__(
         self,
@@ -109,6 +110,7 @@ class ZeroSensitivity(Sensitivity):
     """
 
     exact = False
+    algorithm = "TBPTT"
 
     def vjp(self, cotangent: Tensor) -> dict[str, Tensor]:
         return {}

@@ -73,6 +73,8 @@ class BlockSparseSensitivity(BlockwiseSensitivity):
 
     _matrix: SlotMatrix
 
+    algorithm = "BlockRTRL"
+
     def __init__(self, *args: Any, slot_size: int, **kwargs: Any) -> None:
         self.slot_size = slot_size
         super().__init__(*args, **kwargs)

@@ -34,6 +34,8 @@ class DenseSensitivity(BlockwiseSensitivity):
 
     _matrix: TiledMatrix
 
+    algorithm = "RTRL"
+
     def vjp(self, cotangent: Tensor) -> dict[str, Tensor]:
         totals = self._totals()
         for tile, values in self._matrix.tiles():

@@ -40,6 +40,7 @@ class LazyExpertSensitivity(Sensitivity):
     """
 
     exact = True
+    algorithm = "LazyExpertRTRL"
 
     def __init__(self, *args: Any, slot_size: int, ring: int, tree: bool = False) -> None:
         super().__init__(*args)

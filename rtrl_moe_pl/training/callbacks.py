@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+
+
+class Bar(TQDMProgressBar):
+    """A progress bar that ends its line before an error is printed."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.is_enabled:
+            print()
 
 
 class LastCheckpoint(ModelCheckpoint):

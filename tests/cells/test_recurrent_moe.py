@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -236,8 +237,10 @@ def test_orthogonal_writes() -> None:
         ({"active_experts": 0}, "active_experts must be at least 1, got 0"),
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
         ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"balance_rate": -0.1}, "balance_rate must be at least 0, got -0.1"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
+        ({"temperature": math.inf}, "temperature must be a finite number above 0, got inf"),
+        ({"balance_rate": -0.1}, "balance_rate must be a finite number of at least 0, got -0.1"),
+        ({"drift_penalty": math.nan}, "drift_penalty must be a finite number of at least 0, got nan"),
         ({"max_memory": 1}, "max_memory must be at least 2, got 1"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rtrl_moe_pl.cells import GRU, RecurrentMoE, RoutedCell, Routing, Stack
 from rtrl_moe_pl.cells.experts import expert_linear
-from rtrl_moe_pl.cells.routed import put_slots
+from rtrl_moe_pl.cells.routed import put_slots, take_slots
 from rtrl_moe_pl.gradients import (
     BPTT,
     RTRL,
@@ -334,7 +334,8 @@ def test_a_saved_memory_goes_on_bit_for_bit(idle: Problem, kind: type[BlockRTRL]
 
 @pytest.mark.parametrize("saved", [RTRL(window=2), LazyExpertRTRL(window=2), TBPTT(window=2)])
 def test_another_algorithm_does_not_go_on(idle: Problem, saved: Any) -> None:
-    with pytest.raises(ValueError, match="resume with the algorithm it was saved with"):
+    message = f"the saved influence is that of {type(saved).__name__}, this run's is of BlockRTRL: resume with"
+    with pytest.raises(ValueError, match=message):
         BlockRTRL(window=2).init(idle.cell, 3).load_state_dict(saved.init(idle.cell, 3).state_dict())
 
 
@@ -403,5 +404,22 @@ def test_bad_input() -> None:
         LazyExpertRTRL(window=4, catch_up="never")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"new contents of slots must be \[1, 2, 3\], got \[1, 1, 3\]"):
         put_slots(torch.zeros(1, 4, 3), torch.tensor([[0, 1]]), torch.zeros(1, 1, 3))
+    with pytest.raises(TypeError, match=r"indices of slots must be int64, got torch\.float32"):
+        take_slots(torch.zeros(1, 4, 3), torch.zeros(1, 2))
     with pytest.raises(ValueError, match="window"):
         BlockRTRL(window=0)
+    with pytest.raises(MemoryForecastError, match=r"ring=100000000, .* of the state's derivatives.*smaller ring"):
+        LazyExpertRTRL(window=4, ring=100_000_000).init(moe, 1)
+
+    cell = Plain()
+    cell.banks = ("bank", "banque")
+    with pytest.raises(ValueError, match=r"Plain\.banks names 'banque', which is none of its parameters"):
+        BlockRTRL(window=4).init(cell, 1)
+
+
+def test_a_step_is_overridden_in_one_place() -> None:
+    with pytest.raises(TypeError, match="Doubled overrides forward: a RoutedCell's step is advance"):
+
+        class Doubled(Plain):  # pyright: ignore[reportUnusedClass]
+            def forward(self, x: Tensor, s: Tensor) -> Tensor:
+                return 2 * super().forward(x, s)

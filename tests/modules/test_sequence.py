@@ -189,8 +189,10 @@ def test_a_penalty_weighs_the_same_however_much_is_labelled(tmp_path: Path, labe
 
 
 def test_a_readout_that_takes_the_input_is_checked_too() -> None:
-    with pytest.raises(ValueError, match=r"model.readout \(SlotAttention\) does not take states of size 12"):
-        SequenceModule(RecurrentMoE(3, 4, 3, 2), 2, RTRL(window=4), SlotAttention(3, 5, 4, 2))
+    with pytest.raises(ValueError, match=r"model\.readout.num_slots is 4, but the cell's is 3: give both the same"):
+        SequenceModule(RecurrentMoE(3, 4, 3, 2), 2, RTRL(window=4), SlotAttention(3, 4, 3, 2))
+    with pytest.raises(ValueError, match=r"model\.readout.input_size is 5, but the cell reads 3 numbers"):
+        SequenceModule(RecurrentMoE(3, 4, 3, 2), 2, RTRL(window=4), SlotAttention(5, 3, 4, 2))
     with pytest.raises(ValueError, match=r"SlotAttention\) returns \(7,\) values for a state; the data needs \(2,\)"):
         SequenceModule(RecurrentMoE(3, 4, 3, 2), 2, RTRL(window=4), SlotAttention(3, 3, 4, 7))
 
