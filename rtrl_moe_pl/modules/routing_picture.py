@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,14 +10,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 from rtrl_moe_pl.cells import RoutedCell
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.data import Batch
+from rtrl_moe_pl.gradients import BlockRTRL, LazyExpertRTRL
 from rtrl_moe_pl.modules.usage import usage_entropy
+from rtrl_moe_pl.tasks import Task
 from rtrl_moe_pl.training.pictures import picture_folder, show, when
+
+EVERY = 8  # steps between two norms of P: a window costs about the same whatever its length
+MARKS = ("tab:red", "tab:green", "black", "tab:purple")  # colours
 
 
 class Trace(NamedTuple):
@@ -27,13 +33,14 @@ class Trace(NamedTuple):
     experts: Tensor  # [T, E] bool
     state_norm: Tensor  # [T]
     jacobian_norm: Tensor  # [T], Frobenius, over the root of S d: 1 for the identity
+    influence_norm: Tensor | None  # Frobenius, of P after every EVERY steps; None for a cell that BlockRTRL refuses
 
 
 @torch.no_grad()
 def trace(cell: RoutedCell, inputs: Tensor) -> Trace:
     """Run a cell from its initial state over inputs [T, ..].
 
-    Cost: T steps, and S d cotangents through all of them for the norms of ds'/ds.
+    Cost: T steps, S d cotangents through all of them for the norms of ds'/ds, and T windows of ``BlockRTRL``.
     """
     state, states, routings = cell.initial_state(1), [], []
     for x in inputs:
@@ -48,14 +55,35 @@ def trace(cell: RoutedCell, inputs: Tensor) -> Trace:
     )
     jacobians = vmap(jacrev(lambda s, x: cell(x[None], s[None])[0]), chunk_size=16)(given, inputs)
     norms = torch.linalg.matrix_norm(jacobians) / cell.state_size**0.5
-    return Trace(read, written, experts, torch.cat([*states[1:], state]).norm(dim=1), norms)
+    return Trace(
+        read, written, experts, torch.cat([*states[1:], state]).norm(dim=1), norms, influence_norms(cell, inputs)
+    )
+
+
+def influence_norms(cell: RoutedCell, inputs: Tensor) -> Tensor | None:
+    """Norm of P after every ``EVERY`` of T steps from the initial state; None if BlockRTRL cannot train the cell."""
+    algorithm, norms = (LazyExpertRTRL if cell.num_experts else BlockRTRL)(window=EVERY, chunk=EVERY), []
+    try:
+        memory = algorithm.init(cell, 1)
+        for window in inputs.split(EVERY):
+            labels = window.new_zeros(1, len(window))
+            memory = algorithm.step(cell, nn.Identity(), window[None], labels, _no_loss, memory).memory
+            norms.append(memory.sensitivity.norm())
+    except ValueError:  # a picture stops no training
+        return None
+    return torch.stack(norms)
+
+
+def _no_loss(outputs: Tensor, _: Any) -> Tensor:
+    return 0 * outputs.sum()
 
 
 class RoutingPicture(Callback):
     """Rasters of the slots read and written and the experts used over one sequence, how often each was, and costs.
 
-    The first lane of the first validation batch is run again, from its beginning. The figure goes to loggers that take
-    figures (TensorBoard), as ``val/routing``, and beside the logs as ``val_routing.png``, of the latest validation.
+    The first lane of the first validation batch is run again, from its beginning; where it comes in windows, the next
+    ones follow. Steps that the data's task marks (key, value and question) are pointed out. The figure goes to loggers
+    that take figures (TensorBoard), as ``val/routing``, and beside the logs as ``val_routing.png``, of the latest.
     Needs a module whose ``cell`` is a ``RoutedCell``. Nothing is drawn in sanity checks and under ``fast_dev_run``.
 
     Args:
@@ -64,13 +92,14 @@ class RoutingPicture(Callback):
     Attributes:
         latest: what was drawn last.
 
-    Cost: about a second for 128 steps of 4 slots of 32 numbers.
+    Cost: about COST for 128 steps of 4 slots of 32 numbers.
     """
 
     def __init__(self, steps: int = 128) -> None:
         self.steps = at_least(1, "steps", steps)
         self.latest: Trace | None = None
-        self._inputs: Tensor | None = None
+        self._inputs: list[Tensor] = []
+        self._goes_on = False  # the lane, in the next validation batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         cell = getattr(pl_module, "cell", None)
@@ -88,17 +117,27 @@ class RoutingPicture(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx == 0 and dataloader_idx == 0:
-            self._inputs = batch.inputs[0, : self.steps].clone()
+        if dataloader_idx > 0:
+            return
+        if batch_idx == 0:
+            self._inputs, self._goes_on = [], True
+        elif batch.starts[0, 0]:
+            self._goes_on = False
+        if self._goes_on:
+            seen = sum(map(len, self._inputs))
+            self._inputs.append(batch.inputs[0, : self.steps - seen].clone())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = picture_folder(trainer)
         quiet = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self._inputs is None or quiet or not trainer.is_global_zero:
+        if not self._inputs or quiet or not trainer.is_global_zero:
             return
         cell: Any = pl_module.cell
-        self.latest = trace(cell, self._inputs)
-        figure = draw(cell, self.latest, f"the first {len(self._inputs)} steps of one lane, {when(trainer)}")
+        inputs = torch.cat(self._inputs)
+        self.latest = trace(cell, inputs)
+        task = getattr(trainer.datamodule, "task", None)  # type: ignore[attr-defined]
+        marks = task.marks(inputs if inputs.ndim == 1 else inputs.argmax(-1)) if isinstance(task, Task) else {}
+        figure = draw(cell, self.latest, f"the first {len(inputs)} steps of one lane, {when(trainer)}", marks)
         show(figure, trainer, folder, "val", "routing", dpi=110)
 
 
@@ -117,8 +156,8 @@ def cost_table(cell: RoutedCell, trace: Trace) -> list[tuple[str, float, float]]
     ]
 
 
-def draw(cell: RoutedCell, trace: Trace, title: str) -> Figure:
-    """Rasters and norms over time at the left; usage and costs at the right."""
+def draw(cell: RoutedCell, trace: Trace, title: str, marks: Mapping[str, Tensor]) -> Figure:
+    """Rasters and norms over time at the left, with steps that ``marks`` names [T]; usage and costs at the right."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     figure.suptitle(title)
     rows = [("slots read", trace.read), ("slots written", trace.written), ("experts used", trace.experts)]
@@ -128,16 +167,21 @@ def draw(cell: RoutedCell, trace: Trace, title: str) -> Figure:
         _raster(left, name, chosen)
         _usage(right, chosen)
     norms, table = axes[-1]
-    steps = range(len(trace.state_norm))
-    jacobian = norms.twinx()
-    norms.plot(steps, trace.state_norm.tolist(), color="tab:blue", label="norm of the state")
-    jacobian.plot(steps, trace.jacobian_norm.tolist(), color="tab:orange", label="norm of ds'/ds (1: identity)")
-    norms.set(xlabel="step", xlim=(-0.5, len(trace.state_norm) - 0.5), ylim=(0, None))
-    norms.yaxis.label.set_color("tab:blue")
-    norms.set_ylabel("state")
-    jacobian.set_ylabel("ds'/ds", color="tab:orange")
+    count = len(trace.state_norm)
+    norms.plot(trace.state_norm.tolist(), label="norm of state")
+    norms.plot(trace.jacobian_norm.tolist(), label="norm of ds'/ds (1: identity)")
+    if trace.influence_norm is not None:
+        ends = [min(begin + EVERY, count) - 1 for begin in range(0, count, EVERY)]
+        norms.plot(ends, trace.influence_norm.tolist(), marker=".", label="norm of influence P")
+    norms.set(xlabel="step", ylabel="norms", xlim=(-0.5, count - 0.5), yscale="log")
     norms.grid(alpha=0.3)
-    figure.legend(handles=[*norms.lines, *jacobian.lines], fontsize=8, loc="outside lower left", ncols=2)
+    found = []
+    for colour, (name, mask) in zip(MARKS, marks.items(), strict=False):
+        for step in mask.nonzero().flatten().tolist():
+            lines = [left.axvline(step, color=colour, linewidth=1) for left in axes[:, 0]]
+            lines[0].set_label(name)
+        found += lines[:1] if mask.any() else []
+    figure.legend(handles=[*norms.lines[:3], *found], fontsize=8, loc="outside lower left", ncols=7)
     table.axis("off")
     lines = [f"{'multiply-adds a step':18s}{'dense':>9s}{'done':>9s}"]
     lines += [f"{name:18s}{dense:9.2g}{done:9.2g}" for name, dense, done in cost_table(cell, trace)]

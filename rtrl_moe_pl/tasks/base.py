@@ -72,6 +72,10 @@ class Task(ABC):
         ``scale(1)`` is the task itself.
         """
 
+    def marks(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What a picture of a sequence should point out: names, and bool tensors like tokens [.., L]; none here."""
+        return {}
+
     def sample(self, seed: int, index: Tensor, position: Tensor | None = None) -> Sequences:
         """Whole sequences, or a part of each.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.randomness import integers
@@ -90,6 +91,17 @@ class Haystack(FixedLengthTask):
         order = ((offset << 16) + tie) * self._pairs + number
         rank = (order[..., None, :] < order[..., :, None]).sum(-1)
         return 1 + offset + 3 * rank
+
+    def marks(self, tokens: Tensor) -> dict[str, Tensor]:
+        """The keys of needles and of distractors, the values behind needles' keys, and the question."""
+        others = VALUES + self.values  # needles' keys, their questions, distractors' keys
+        number = tokens - others
+        key = (tokens == KEY) | ((number >= 0) & (number < self.needles - 1))
+        value = functional.pad(key, (1, 0))[..., : tokens.shape[-1]]
+        distractor = number >= 2 * (self.needles - 1)
+        question = (tokens == QUESTION) | ((number >= self.needles - 1) & ~distractor)
+        found = {"key": key, "value": value, "question": question}
+        return found | {"distractor": distractor} if self.distractors else found
 
     def at(self, seed: int, index: Tensor, position: Tensor) -> Steps:
         noise = VALUES + integers(seed, _NOISE, index, position, low=0, high=self.values)

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
+from torch import Tensor
 
 from rtrl_moe_pl.cells import GRU, RecurrentMoE, Routing
-from rtrl_moe_pl.data import AnBnDataModule
+from rtrl_moe_pl.data import AnBnDataModule, HaystackDataModule
 from rtrl_moe_pl.gradients import RTRL, LazyExpertRTRL
 from rtrl_moe_pl.modules import RoutingPicture, SequenceModule
-from rtrl_moe_pl.modules.routing_picture import cost_table, trace
+from rtrl_moe_pl.modules.routing_picture import EVERY, cost_table, draw, influence_norms, trace
 from rtrl_moe_pl.modules.usage import usage_entropy
 
 
@@ -29,6 +30,34 @@ def test_trace_is_what_the_cell_chose() -> None:
         for chosen, index in zip(found[:3], routing, strict=True):
             assert chosen[t].nonzero().flatten().tolist() == sorted(index[0].tolist())
         assert float(found.state_norm[t]) == pytest.approx(float(state.detach().norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_experts", [0, 5])
+def test_influence_norms_are_those_of_the_dense_influence(num_experts: int) -> None:
+    torch.manual_seed(0)
+    cell = RecurrentMoE(3, 4, 6, num_experts or 1, write_slots=1, active_experts=1)
+    cell.num_experts = num_experts  # none: the picture then goes by BlockRTRL
+    inputs = torch.randn(2 * EVERY + 3, 3)
+    found = influence_norms(cell, inputs)
+    assert found is not None
+    algorithm, expected = RTRL(window=1, chunk=1), []
+    memory = algorithm.init(cell, 1)
+    for x in inputs:
+        step = x[None, None], torch.zeros(1, 1), lambda o, _: 0 * o.sum()
+        memory = algorithm.step(cell, torch.nn.Identity(), *step, memory).memory
+        expected.append(float(memory.sensitivity.norm()))
+    assert found.tolist() == pytest.approx([expected[EVERY - 1], expected[2 * EVERY - 1], expected[-1]], rel=1e-4)
+
+
+def test_no_influence_norm_of_a_cell_that_cannot_be_trained_by_its_rows() -> None:
+    class Drifting(RecurrentMoE):
+        def advance(self, x: Tensor, s: Tensor) -> tuple[Tensor, Routing]:
+            new, routing = super().advance(x, s)
+            return 0.99 * new, routing
+
+    found = trace(Drifting(3, 4, 6, 5), torch.randn(9, 3))
+    assert found.influence_norm is None
+    assert draw(Drifting(3, 4, 6, 5), found, "", {"here": torch.arange(9) == 4})
 
 
 def test_costs() -> None:
@@ -54,8 +83,10 @@ def test_usage_entropy() -> None:
     assert float(usage_entropy(torch.zeros(3))) == 0.0
 
 
-def fit(cell: torch.nn.Module, gradient: RTRL, folder: Path, picture: RoutingPicture, **options: Any) -> Trainer:
-    data = AnBnDataModule(2, 4, batch_size=4, steps_per_batch=8, batches_per_epoch=4, validation_size=8)
+def fit(
+    cell: torch.nn.Module, gradient: RTRL, folder: Path, picture: RoutingPicture, data: Any = None, **options: Any
+) -> Trainer:
+    data = data or AnBnDataModule(2, 4, batch_size=4, steps_per_batch=8, batches_per_epoch=4, validation_size=8)
     trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -66,7 +97,7 @@ def fit(cell: torch.nn.Module, gradient: RTRL, folder: Path, picture: RoutingPic
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    trainer.fit(SequenceModule(cell, 2, gradient, **options), data)
+    trainer.fit(SequenceModule(cell, data.output_size, gradient, **options), data)
     return trainer
 
 
@@ -80,6 +111,28 @@ def test_it_is_drawn(tmp_path: Path) -> None:
     figures = trainer.callback_metrics
     assert 0 < figures["train/expert_entropy"] <= 1
     assert {"train/read_entropy", "train/write_entropy", "train/dead_experts", "train/unwritten_slots"} <= set(figures)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_lane_in_windows_is_drawn_as_one(tmp_path: Path, window: int | None) -> None:
+    task: dict[str, Any] = {
+        "length": 20,
+        "values": 2,
+        "min_gap": 5,
+        "batch_size": 4,
+        "steps_per_batch": 8,
+        "batches_per_epoch": 1,
+    }
+    data = HaystackDataModule(**task, validation_size=8, validation_batch_size=4, validation_window=window)
+    picture = RoutingPicture(steps=18)
+    cell = RecurrentMoE(data.input_size, 4, 5, 6)
+    fit(cell, LazyExpertRTRL(window=4), tmp_path, picture, data)
+    assert picture.latest is not None
+    stream = data.evaluation_stream("validation", 0)
+    tokens = stream.task.sample(stream.seed, torch.tensor([0])).tokens[0, :18]
+    expected = trace(cell, torch.nn.functional.one_hot(tokens, data.input_size).float())
+    for drawn, meant in zip(picture.latest, expected, strict=True):
+        torch.testing.assert_close(drawn, meant)
 
 
 class Watched(RecurrentMoE):

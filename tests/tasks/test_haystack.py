@@ -96,6 +96,17 @@ def test_needles_are_asked_for_equally_and_stand_in_any_order():
             assert (places[first] < places[second]).double().mean() == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("task", [*TASKS, MANY], ids=repr)
+def test_marks_point_out_what_is_asked_for(task: Haystack):
+    tokens = task.sample(0, INDEX).tokens
+    marks, (keys, questions, distractors) = task.marks(tokens), keys_of(task)
+    for name, meant in (("key", keys), ("question", questions), ("distractor", distractors)):
+        expected = torch.isin(tokens, torch.tensor(meant, dtype=torch.long))
+        assert torch.equal(marks.get(name, torch.zeros_like(expected)), expected), name
+    assert torch.equal(marks["value"][:, 1:], marks["key"][:, :-1])
+    assert not marks["value"][:, 0].any()
+
+
 def test_more_pairs_than_places_never_overlap():
     """All in one place: the pairs stand close, in random order."""
     task = Haystack(length=3 * 300 + 2, needles=1, distractors=299, min_gap=2)
