@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The examples of the README and of docs/ run as they stand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+from rtrl_moe_pl.cli import main
+from rtrl_moe_pl.gradients import TBPTT
+
+ROOT = Path(__file__).parent.parent
+README, ROUTED = (ROOT / "README.md").read_text(), (ROOT / "docs/routed_cells.md").read_text()
+
+
+def blocks(text: str, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+BLOCKS = blocks(README)
 
 
 def run(code: str) -> dict[str, Any]:
@@ -22,10 +32,15 @@ def test_there_are_two_examples() -> None:
     assert len(BLOCKS) == 2
 
 
+def assert_exact(names: dict[str, Any]) -> None:
+    for name, truth in names["truth"].grads.items():
+        assert truth.norm() > 0
+        assert (names["exact"].grads[name] - truth).norm() <= 1e-9 * truth.norm()
+
+
 def test_own_cell() -> None:
     names = run(BLOCKS[0])
-    for name, truth in names["truth"].grads.items():
-        assert (names["exact"].grads[name] - truth).norm() <= 1e-9 * truth.norm()
+    assert_exact(names)
     assert any(
         (names["biased"].grads[name] - truth).norm() > 1e-3 * truth.norm()
         for name, truth in names["truth"].grads.items()
@@ -39,9 +54,32 @@ def test_own_data() -> None:
     assert names["model"].global_step == 20
 
 
+def test_own_routed_cell() -> None:
+    [block] = blocks(ROUTED)
+    names = run(block)
+    assert_exact(names)
+    truncated = names["sequence_gradient"](
+        TBPTT(window=4), *(names[name] for name in ("cell", "readout", "x", "y", "loss_fn"))
+    )
+    with pytest.raises(AssertionError):
+        assert_exact({**names, "exact": truncated})
+
+
+def test_options_of_the_mixture_of_experts(tmp_path: Path) -> None:
+    [block] = blocks(ROUTED, "yaml")
+    (tmp_path / "mine.yaml").write_text(block)
+    config = str(ROOT / "configs/haystack_moe_lazy.yaml")
+    options = ["--trainer.max_steps", "3", "--trainer.default_root_dir", str(tmp_path), "--data.validation_size", "16"]
+    assert main(["fit", "--config", config, "--config", str(tmp_path / "mine.yaml"), *options]) == 0
+    [saved] = tmp_path.rglob("lightning_logs/version_0/config.yaml")
+    for key in ("drift_penalty: 0.01", "SlotAttention", "RoutingPicture", "TemperatureAnnealing"):
+        assert key in saved.read_text()
+
+
 def test_every_file_named_exists() -> None:
-    root = Path(__file__).parent.parent
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (root / target).exists(), target
-    for name in re.findall(r"configs/(\w+)\.yaml", README):
-        assert (root / "configs" / f"{name}.yaml").exists(), name
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), (page, target)
+    for name in re.findall(r"configs/(\w+)\.yaml", README + ROUTED):
+        assert (ROOT / "configs" / f"{name}.yaml").exists(), name

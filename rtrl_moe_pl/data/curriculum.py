@@ -21,9 +21,10 @@ MONITOR = "val/progress"
 class CurriculumDataModule(SequenceDataModule):
     """Trains on each of several tasks in turn, and leaves one when ``val/accuracy`` reaches ``promote_at``.
 
-    Validation is of the task that is being trained (at every scale), test and prediction are of the last. A promotion
-    takes effect with the first batch of the next epoch, in which every lane begins at a start: nothing is carried over
-    from the shorter sequences. The stage is part of checkpoints, by its length: a resumed run goes on with it.
+    Validation is of the task that is being trained (at every scale), or that a loaded checkpoint had come to; test and
+    prediction are of the last. A promotion takes effect with the first batch of the next epoch, in which every lane
+    begins at a start: nothing is carried over from the shorter sequences. The stage is part of checkpoints, by its
+    length: a resumed run goes on with it.
 
     In a Trainer this adds a callback, `Promotion`, which needs a model that logs ``val/accuracy`` and itself logs at
     every validation ``train/length``, the length that was trained and validated, and ``val/progress``, the number of
