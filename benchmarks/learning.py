@@ -27,6 +27,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "anbn RTRL, LSTM": ("anbn_lstm", []),
     "anbn RTRL, SimpleRNN": ("anbn_simple_rnn", []),
     "anbn RTRL, LeakyIntegrator": ("anbn_long", []),
+    "anbn LazyExpertRTRL, RecurrentMoE": ("anbn_moe_rtrl", []),
     "anbn BPTT": ("anbn_bptt", []),
     "anbn TBPTT": ("anbn_tbptt", []),
     "recall RTRL": ("recall_rtrl", []),
