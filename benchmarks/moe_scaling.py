@@ -131,13 +131,14 @@ def slots(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
     rows = []
     for count in tqdm((4, 8, 16, 32, 64), desc="slots"):
         point = Point(device, 1, 32, count, 4)
+        whole: dict[str, Any] = {"window": 256, "chunk": 256}  # P is advanced in every repetition
         runs = {
             "BPTT": (point.run("BPTT", BPTT(), 64), 64),
             "RTRL, window 1": (point.run("RTRL, window 1", RTRL(1, chunk=1), 2), 2),
             "BlockRTRL, window 1": (point.run("BlockRTRL, window 1", BlockRTRL(1, chunk=1), 16), 16),
             "RTRL, best": (point.run("RTRL, best", RTRL(16, chunk=16), 16), 16),
-            "BlockRTRL, best": (point.run("BlockRTRL, best", BlockRTRL(window=256), 256), 256),
-            "LazyExpertRTRL, best": (point.run("LazyExpertRTRL, best", LazyExpertRTRL(window=256), 256), 256),
+            "BlockRTRL, best": (point.run("BlockRTRL, best", BlockRTRL(**whole), 256), 256),
+            "LazyExpertRTRL, best": (point.run("LazyExpertRTRL, best", LazyExpertRTRL(**whole), 256), 256),
         }
         if count <= 8:
             runs["naive"] = point.naive(2), 2

@@ -117,8 +117,7 @@ def influence_update(hidden: int, batch: int, repetitions: int, device: torch.de
             return super().contract_and_advance(linearization)
 
     class SpyRTRL(RTRL):
-        @staticmethod
-        def _sensitivity(shapes: dict[str, torch.Size], state: Tensor) -> Spy:
+        def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Spy:
             return Spy(shapes, state.shape[0], state.shape[1], state.dtype, state.device)
 
     run = point.windows(SpyRTRL(window=hidden, chunk=hidden), hidden)

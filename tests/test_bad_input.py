@@ -30,6 +30,7 @@ class WideGRU(GRU):
         return nn.functional.pad(super().forward(x, s), (0, 1))
 
 
+BATCHES_0 = ["--trainer.callbacks.batches", "0"]
 CELL, DATA = "--model.cell", "--data"
 # name, arguments after `fit --config config.yaml`, what the one line must say
 CASES = [
@@ -45,6 +46,11 @@ CASES = [
         "wrong option of a callback",
         ["--trainer.callbacks+", "RoutingPicture", "--trainer.callbacks.steps", "a"],
         ["trainer.callbacks.steps", "needs int, got a"],
+    ),
+    (
+        "second callback",
+        [*("--trainer.callbacks+=RoutingPicture", "--trainer.callbacks+=TemperatureAnnealing"), *BATCHES_0],
+        ["batches must be at least 1, got 0"],
     ),
     (
         "class that is not in its module",

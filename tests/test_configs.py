@@ -152,12 +152,16 @@ def test_only_carried_influence_finds_the_needle(tmp_path: Path, config: str, le
 @pytest.mark.parametrize(
     ("gradient", "learns"),
     [
-        ('{"class_path": "LazyExpertRTRL", "init_args": {"window": 4}}', True),
+        ('{"class_path": "LazyExpertRTRL", "init_args": {"window": 4, "chunk": 4}}', True),
+        ('{"class_path": "benchmarks.controls.LazyExpertRTRLWithoutInfluence", "init_args": {"window": 4}}', False),
         ('{"class_path": "TBPTT", "init_args": {"window": 4}}', False),
     ],
 )
 def test_only_carried_influence_trains_experts(tmp_path: Path, gradient: str, learns: bool) -> None:
-    """One epoch of sixteen, at the first of three lengths. Later on truncation is at chance: see the benchmark."""
+    """One epoch of sixteen, at the first of three lengths, with the influence advanced and read every four steps.
+
+    Later on the controls are at chance: see the benchmark.
+    """
     quick = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", str(CONFIGS / "haystack_moe_lazy.yaml"), "--model.gradient", gradient, *quick]) == 0
     accuracy = accuracies(tmp_path)["val/accuracy"]

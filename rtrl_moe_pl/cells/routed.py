@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,12 @@ from rtrl_moe_pl.cells.base import Cell, at_least
 
 
 class Routing(NamedTuple):
-    """What a step of each row chose: indices without a gradient, int64, none twice in a row.
+    """What a step of each row chose: indices without a gradient, int64.
 
     Args:
         read: [N, R] slots that the step depends on.
-        written: [N, W] slots that it changes.
-        experts: [N, A] experts whose parameters it meets.
+        written: [N, W] slots that it changes, none twice in a row.
+        experts: [N, A] experts whose parameters it meets; [N, 0] for a cell without experts.
     """
 
     read: Tensor
@@ -118,6 +119,18 @@ def _choices(name: str, value: int, of: str, limit: int) -> int:
     if value > limit:
         raise ValueError(f"{name} must be at most {of} ({limit}), got {value}")
     return value
+
+
+def require_routings(cell: RoutedCell, routings: Sequence[Routing]) -> None:
+    """Raise ValueError unless what some steps chose is there, and no slot is written twice in a step."""
+    name = f"{type(cell).__name__}.route"
+    sizes = cell.num_slots, cell.num_slots, cell.num_experts
+    for part, steps, size in zip(Routing._fields, zip(*routings, strict=True), sizes, strict=True):
+        chosen = torch.cat(steps)
+        if chosen.numel() and not bool(((chosen >= 0) & (chosen < size)).all()):
+            raise ValueError(f"{name} must choose .{part} from 0 to {size - 1}, got {chosen.min()} to {chosen.max()}")
+        if part == "written" and bool((chosen.sort(1).values.diff(dim=1) == 0).any()):
+            raise ValueError(f"{name} must not write a slot twice in a step: its new content would be either")
 
 
 def take_slots(slots: Tensor, index: Tensor) -> Tensor:

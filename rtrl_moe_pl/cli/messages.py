@@ -78,11 +78,11 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
             return f"unknown key {key}" + (f": {_takes(owner)}" if owner else "")
         if missing := _NO_CLASS.search(cause):
             return f"{path}: there is no class {missing[1]}: give the name of an imported one, or its full path"
+        if not _EXPECTED.match(cause):  # a class's own words
+            return ": ".join(filter(None, [path, cause]))
     expected = [found for cause in causes if (found := _EXPECTED.match(cause))]
-    if expected:
-        types = " or ".join(_readable(found[1] or found[2]) for found in expected)
-        return f"{path}: needs {types}, got {expected[0][3] or given}"
-    return ": ".join(part for part in (path, *causes[:1]) if part)
+    types = " or ".join(_readable(found[1] or found[2]) for found in expected)
+    return f"{path}: needs {types}, got {expected[0][3] or given}" if expected else path
 
 
 def _readable(name: str) -> str:

@@ -108,11 +108,11 @@ class AccuracyByDistance(Callback):
             length = data.evaluation_stream(split, loader).task.max_length
             self.latest.append(self._table(f"length {length:,}", right, total))
         folder = picture_folder(trainer)
-        asked = any(answers.total for answers in self.latest)
+        asked = [answers for answers in self.latest if answers.total]
         if not asked or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         title = f"validation {when(trainer)}" if stage == "val" else split
-        figure = draw(self.latest, 1 / data.task.num_classes, title)
+        figure = draw(asked, 1 / data.task.num_classes, title)
         show(figure, trainer, folder, stage, "accuracy_by_distance", dpi=120)
 
     def _table(self, name: str, right: Tensor, total: Tensor) -> Distances:

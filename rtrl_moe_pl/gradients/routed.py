@@ -37,7 +37,7 @@ class BlockRTRL(RTRL):
 
     Args:
         window, chunk: see ``RTRL``; a chunk by default is as long as is about the cheapest, and as its derivatives
-            fit into 256 MiB.
+            fit into 256 MiB, but at least 8 steps.
 
     Cost: with R, W slots of d numbers read and written, S = slots d in all and c = chunk, a step and lane, about
         S W d (R + W) d for the way back, S' |theta| for M and S' S |theta| / c for J P, S' <= S the rows written in a
@@ -56,9 +56,12 @@ class BlockRTRL(RTRL):
                 f"{type(self).__name__} needs a cell that chooses slots (a RoutedCell, such as RecurrentMoE), and "
                 f"{type(cell).__name__} is none: use RTRL(window={self.window})"
             )
-        unknown = sorted(set(cell.banks) - {name for name, _ in cell.named_parameters()})
-        if unknown:
-            raise ValueError(f"{type(cell).__name__}.banks names {unknown[0]!r}, which is none of its parameters")
+        shapes = {name: parameter.shape for name, parameter in cell.named_parameters()}
+        for name in cell.banks:
+            if len(shapes.get(name, ())) < 2:
+                raise ValueError(
+                    f"{type(cell).__name__}.banks names {name!r}, which is no parameter [experts, out, ..]"
+                )
 
     def chunk_for(self, cell: nn.Module, is_sparse: bool | None = True, batch_size: int = 1) -> int:
         """Steps between two advances of P for this cell and batch."""
@@ -66,7 +69,8 @@ class BlockRTRL(RTRL):
         assert self.window is not None
         advance = batch_size * cell.state_size**2 * sum(p.numel() for p in cell.parameters())
         cheapest = math.isqrt(self.window * advance // STEP_BACK)
-        longest = CHUNK_BYTES // (4 * batch_size * _kept_numbers(cell))
+        itemsize = next(cell.parameters()).dtype.itemsize
+        longest = CHUNK_BYTES // (itemsize * batch_size * _kept_numbers(cell))
         return self.chunk or max(min(cheapest, longest), 8)
 
     def _joined_window(self, cell: nn.Module, memory: Memory) -> int | None:

@@ -56,7 +56,7 @@ class RunWindow:
     def linearize(
         self, linearizer: Linearizer, given: Tensor, returned: Tensor, cotangents: Tensor
     ) -> Steps | WindowLinearization | None:
-        inputs, starts = self.inputs.transpose(0, 1), (self.starts, self.starting)
+        inputs, starts = self.inputs.transpose(0, 1).clone(), (self.starts, self.starting)  # the caller's may change
         return linearizer.linearize(inputs, given, returned, cotangents, self.initial, *starts, self.routings or ())
 
     def linearize_again(self, linearizer: Linearizer, returned: Tensor, cotangents: Tensor) -> WindowLinearization:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl_moe_pl.cells.routed import RoutedCell, Routing
+from rtrl_moe_pl.cells.routed import RoutedCell, Routing, require_routings
 
 Targets = Any  # a tensor [B, T, ..] or a tuple of them
 LossFunction = Callable[[Tensor, Targets], Tensor]
@@ -45,6 +45,9 @@ def unroll(
     Args:
         routings: of a routed cell, to be filled with what each step chose.
 
+    Raises:
+        ValueError: if the cell returns no state, changes the one it is given, or chooses what there is not.
+
     Returns:
         the k states the cell was given (after a start replaced them) and the k states it returned, each [B, S].
     """
@@ -73,6 +76,8 @@ def unroll(
                 f"{type(cell).__name__}.forward changes the state it is given in place: return a new tensor"
             )
         returned.append(state)
+    if routings:
+        require_routings(cell, routings)  # type: ignore[arg-type]
     return given, returned
 
 

@@ -265,10 +265,8 @@ class StepLinearizer:
 
 
 def _detached(tap: Tap) -> Tap:
-    """What outlives the step: no graph, nothing that the caller may write into, of the output its shape alone."""
-    source = tap.input
-    if source is not None:
-        source = source.detach() if source.requires_grad else source.clone()
+    """What outlives the step: no graph, of the output its shape alone."""
+    source = None if tap.input is None else tap.input.detach()
     return replace(tap, output=tap.output[:1].detach().clone(), input=source)
 
 

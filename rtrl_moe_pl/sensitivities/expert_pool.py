@@ -138,9 +138,15 @@ class ExpertPool:
             ValueError: if it is of another cell, or another batch.
         """
         members = tuple(Member(*member) for member in state["members"])
-        for name in (member.name for member in members):
+        for member in members:
+            name, numbers = member.name, state["experts"] * state["rows"] * member.width
             if name not in shapes:
                 raise ValueError(f"the saved influence covers {name!r}, which this cell does not have")
+            if shapes[name].numel() != numbers:
+                raise ValueError(
+                    f"the saved influence of {name} is of {numbers} numbers, this cell's has {shapes[name].numel()}: "
+                    "resume with the model it was saved with"
+                )
         pool = ExpertPool(
             Block(state["rows"], state["columns"], members, state["experts"]), batch_size, state_size, like
         )

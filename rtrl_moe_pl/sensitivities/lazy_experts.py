@@ -118,7 +118,7 @@ class LazyExpertSensitivity(Sensitivity):
             [B, D, S, S].
         """
         kept = len(self._pending)
-        if isinstance(self._pending, CircularSegmentTree):
+        if kept and isinstance(self._pending, CircularSegmentTree):
             products = self._pending.query((kept - ages).expand(self.batch_size, -1), kept)
             return products if latest is None else latest[:, None] @ products
         product = self._eye.expand(self.batch_size, -1, -1) if latest is None else latest

@@ -125,6 +125,14 @@ def test_nothing_is_written_in_checks(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_lengths_that_were_not_asked_are_left_out(tmp_path: Path):
+    callback = AccuracyByDistance()
+    data = haystack(validation_window=64)  # one window: the sequences of 128 steps are cut off before their question
+    trainer(tmp_path, callback, limit_val_batches=1).validate(NearSighted(), data, verbose=False)
+    assert [sum(answers.total) > 0 for answers in callback.latest] == [True, False, False]
+    assert imread(tmp_path / "val_accuracy_by_distance.png").shape[2] == 4
+
+
 def test_what_is_drawn():
     """Axes say what they show, chance is marked, counts are there."""
     figure = draw([Distances("length 64", [5, 8], [7, 15], [10, 40], [1.0, 0.25])], 0.25, "test")

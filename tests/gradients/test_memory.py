@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rtrl_moe_pl.cells import GRU, LSTM, SimpleRNN, Stack
-from rtrl_moe_pl.gradients import RTRL, TBPTT, GradientAlgorithm, Memory
+from rtrl_moe_pl.cells import GRU, LSTM, RoutedCell, Routing, SimpleRNN, Stack, expert_linear
+from rtrl_moe_pl.gradients import RTRL, TBPTT, BlockRTRL, GradientAlgorithm, LazyExpertRTRL, Memory
 from rtrl_moe_pl.sensitivities import dense
 from tests.gradients.problem import Problem, make_problem, plain_autograd, total_error, weighted_squares, worst_error
 from tests.gradients.user_cells import flow, matrices, vectors
@@ -177,17 +177,34 @@ def test_what_does_not_fit_is_refused() -> None:
         algorithm.init(wider, 2).load_state_dict(saved)
 
 
+class NamedExperts(RoutedCell):
+    """The input is the number of the expert."""
+
+    def __init__(self) -> None:
+        super().__init__(None, num_slots=3, slot_size=2, num_experts=5, read_slots=1, write_slots=1, active_experts=1)
+        self.bank = nn.Parameter(torch.randn(5, 2, 4))
+
+    def route(self, x: Tensor, s: Tensor) -> Routing:
+        return Routing((x[:, None] + 1) % 3, x[:, None] % 3, x[:, None])
+
+    def update(self, x: Tensor, read: Tensor, old: Tensor, routing: Routing) -> Tensor:
+        return torch.tanh(1 + old + expert_linear(torch.cat([read, old], -1), self.bank, None, x[:, None]) / 2)
+
+
 @pytest.mark.parametrize(("window", "batch"), [(1, 2), (3, 1), (3, 2)])
-@pytest.mark.parametrize("kind", ["embedding", "gru"])
-def test_buffers_of_the_caller_may_be_used_again(kind: str, window: int, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "algorithm"),
+    [("embedding", RTRL), ("gru", RTRL), ("experts", RTRL), ("experts", BlockRTRL), ("experts", LazyExpertRTRL)],
+)
+def test_buffers_of_the_caller_may_be_used_again(kind: str, algorithm: Any, window: int, batch: int) -> None:
     """What a window was given is overwritten after it: windows that are not in P yet have copies."""
-    torch.manual_seed(0)
-    cell = Tokens().double() if kind == "embedding" else GRU(3, 5).double()
-    inputs = torch.randint(0, 5, (batch, 12)) if kind == "embedding" else None
-    starts = torch.rand(batch, 12) < 0.2
+    torch.manual_seed(1)
+    cell = {"embedding": Tokens, "gru": lambda: GRU(3, 5), "experts": NamedExperts}[kind]().double()
+    inputs = None if kind == "gru" else torch.randint(0, 5, (batch, 12))
+    starts = torch.rand(batch, 12) < (0.0 if kind == "experts" else 0.2)  # which would hide what came before
     problem = make_problem(cell, inputs=inputs, batch=batch, steps=12, starts=starts)
     truth = plain_autograd(problem)[2]
-    algorithm = RTRL(window=window, chunk=12)
+    algorithm = algorithm(window=window, chunk=12)
     memory = algorithm.init(cell, batch)
     buffer, starting = problem.inputs[:, :window].clone(), starts[:, :window].clone()
     total: dict[str, Tensor] = {}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rtrl_moe_pl.cells import GRU, LSTM, SimpleRNN, Stack, VanillaRNN
-from rtrl_moe_pl.gradients import RTRL, TBPTT, GradientAlgorithm, rtrl
+from rtrl_moe_pl.cells import GRU, LSTM, RecurrentMoE, SimpleRNN, Stack, VanillaRNN
+from rtrl_moe_pl.gradients import RTRL, TBPTT, BlockRTRL, GradientAlgorithm, LazyExpertRTRL, rtrl
 from rtrl_moe_pl.linearization import Tail
 from rtrl_moe_pl.linearization.backward import MatrixBackward, TapBackward
 from tests.gradients.problem import Problem, make_problem, total_error, weighted_squares, worst_error
@@ -98,9 +98,15 @@ CELLS: dict[str, Callable[[], Any]] = {
 }
 
 
+ROUTED: dict[str, Callable[[], Any]] = {
+    "mixture": lambda: RecurrentMoE(3, 4, num_slots=4, num_experts=6, write_slots=1, active_experts=1),
+    "mixture, learned start": lambda: RecurrentMoE(3, 4, num_slots=3, num_experts=4, learned_initial_state=True),
+}
+
+
 def _problem(kind: str) -> Problem:
     torch.manual_seed(4)
-    cell = CELLS[kind]().double()
+    cell = (CELLS | ROUTED)[kind]().double()
     starts = torch.zeros(3, STEPS, dtype=torch.bool)
     starts[:, 0] = True
     starts[1, 4] = starts[2, 9] = True
@@ -121,6 +127,23 @@ def test_shared_offset(kind: str, chunk: int | None) -> None:
     last = len(values) - 1
     replayed = window_gradient(problem, [values[last]] * len(values))
     assert total_error(replayed, window_gradient(problem, values)) > 1e-3
+    used, truncated = train(_problem(kind), TBPTT(window=WINDOW))
+    assert total_error(truncated[last], window_gradient(problem, used)) > 1e-3
+
+
+@pytest.mark.parametrize("chunk", [None, WINDOW])
+@pytest.mark.parametrize("catch_up", [None, "walk", "tree", "block"])
+@pytest.mark.parametrize("kind", sorted(ROUTED))
+def test_shared_offset_of_what_is_chosen(kind: str, catch_up: Any, chunk: int | None) -> None:
+    """By blocks and with lazy experts; the oracle chooses as the run did, for its values are the same."""
+    algorithm = BlockRTRL(WINDOW, chunk)
+    if catch_up is not None:
+        algorithm = LazyExpertRTRL(WINDOW, ring=2, chunk=chunk, catch_up=catch_up)
+    problem = _problem(kind)
+    values, grads = train(problem, algorithm)
+    for w in range(len(values)):
+        assert worst_error(grads[w], window_gradient(problem, values[: w + 1])) <= 1e-10
+    last = len(values) - 1
     used, truncated = train(_problem(kind), TBPTT(window=WINDOW))
     assert total_error(truncated[last], window_gradient(problem, used)) > 1e-3
 

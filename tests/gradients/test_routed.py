@@ -133,12 +133,32 @@ def ages(problem: Problem, algorithm: LazyExpertRTRL) -> list[int]:
     return found
 
 
+@pytest.fixture
+def rare() -> Problem:
+    """Five of twelve experts are used, some of them once in more than 64 steps."""
+    torch.manual_seed(1)
+    cell = RecurrentMoE(2, 3, num_slots=5, num_experts=12, write_slots=1, active_experts=1).double()
+    cell.expert_bias.copy_(-torch.linspace(0, 3, 12))
+    starts = torch.zeros(3, 110, dtype=torch.bool)
+    starts[1, [9, 23]] = True
+    return make_problem(cell, batch=3, steps=110, width=2, starts=starts)
+
+
 @pytest.mark.parametrize("ring", RINGS)
 @pytest.mark.parametrize("catch_up", ["walk", "tree"])
-def test_experts_idle_for_longer_than_the_ring(idle: Problem, ring: int, catch_up: str) -> None:
+def test_experts_idle_for_longer_than_the_ring(rare: Problem, ring: int, catch_up: str) -> None:
     algorithm = shortest(LazyExpertRTRL, 1, ring=ring, catch_up=catch_up)
-    assert_exact(idle, algorithm)
-    assert max(ages(idle, algorithm)) == min(ring, max(ages(idle, shortest(LazyExpertRTRL, 1, ring=64))))
+    assert_exact(rare, algorithm)
+    assert max(ages(rare, algorithm)) == ring
+
+
+def test_some_experts_are_idle_for_longer_than_the_largest_ring(rare: Problem) -> None:
+    algorithm = shortest(LazyExpertRTRL, 1, ring=200)
+    assert max(ages(rare, algorithm)) > max(RINGS)
+    memory = algorithm.init(rare.cell, 3)
+    algorithm.run(rare.cell, rare.readout, rare.inputs, rare.targets, weighted_squares, memory, rare.starts)
+    assert memory.used is not None
+    assert int((memory.used.experts > 0).sum()) >= 5
 
 
 def test_a_block_leaves_no_expert_behind(idle: Problem) -> None:
@@ -412,9 +432,30 @@ def test_bad_input() -> None:
         LazyExpertRTRL(window=4, ring=100_000_000).init(moe, 1)
 
     cell = Plain()
-    cell.banks = ("bank", "banque")
-    with pytest.raises(ValueError, match=r"Plain\.banks names 'banque', which is none of its parameters"):
-        BlockRTRL(window=4).init(cell, 1)
+    for banks in (("bank", "banque"), ("bank", "gain")):
+        cell.banks = banks
+        with pytest.raises(ValueError, match=rf"Plain\.banks names '{banks[1]}', which is no parameter \[experts"):
+            BlockRTRL(window=4).init(cell, 1)
+
+
+@pytest.mark.parametrize("algorithm", [BPTT(), BlockRTRL(window=2), LazyExpertRTRL(window=2)])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"written": torch.tensor([[3, 3], [1, 2]])}, r"Wrong\.route must not write a slot twice in a step"),
+        ({"experts": torch.tensor([[0, 1], [-1, 2]])}, r"Wrong\.route must choose \.experts from 0 to 3, got -1 to 2"),
+    ],
+)
+def test_a_wrong_choice_is_refused(algorithm: Any, wrong: dict[str, Tensor], message: str) -> None:
+    """Autograd through such a write would be wrong without a word."""
+
+    class Wrong(Plain):
+        def route(self, x: Tensor, s: Tensor) -> Routing:
+            return super().route(x, s)._replace(**wrong)
+
+    problem = make_problem(Wrong().double(), batch=2, steps=4)
+    with pytest.raises(ValueError, match=message):
+        problem.solve(algorithm)
 
 
 def test_a_step_is_overridden_in_one_place() -> None:

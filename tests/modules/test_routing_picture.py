@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from rtrl_moe_pl.cells import GRU, RecurrentMoE, Routing
+from rtrl_moe_pl.cells import GRU, RecurrentMoE, RoutedCell, Routing
 from rtrl_moe_pl.data import AnBnDataModule, HaystackDataModule
 from rtrl_moe_pl.gradients import RTRL, LazyExpertRTRL
 from rtrl_moe_pl.modules import RoutingPicture, SequenceModule
@@ -22,6 +22,7 @@ def test_trace_is_what_the_cell_chose() -> None:
     torch.manual_seed(0)
     cell, inputs = RecurrentMoE(3, 4, 6, 5, read_slots=2, write_slots=1, active_experts=2), torch.randn(20, 3)
     found = trace(cell, inputs)
+    assert found.jacobian_norm is not None
     state = cell.initial_state(1)
     for t, x in enumerate(inputs):
         jacobian = torch.func.jacrev(lambda s, x=x: cell(x[None], s)[0])(state)
@@ -32,11 +33,25 @@ def test_trace_is_what_the_cell_chose() -> None:
         assert float(found.state_norm[t]) == pytest.approx(float(state.detach().norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize("num_experts", [0, 5])
-def test_influence_norms_are_those_of_the_dense_influence(num_experts: int) -> None:
+class Slots(RoutedCell):
+    """No experts: what is read is added to what is written."""
+
+    def __init__(self) -> None:
+        super().__init__(3, num_slots=4, slot_size=3, read_slots=1, write_slots=1)
+        self.layer = torch.nn.Linear(3, 3)
+
+    def route(self, x: Tensor, s: Tensor) -> Routing:
+        order = x.abs().argsort(1)
+        return Routing(order[:, :1], order[:, -1:] + 1, order[:, :0])
+
+    def update(self, x: Tensor, read: Tensor, old: Tensor, routing: Routing) -> Tensor:
+        return torch.tanh(old + self.layer(read) + x[:, None])
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_influence_norms_are_those_of_the_dense_influence(experts: bool) -> None:
     torch.manual_seed(0)
-    cell = RecurrentMoE(3, 4, 6, num_experts or 1, write_slots=1, active_experts=1)
-    cell.num_experts = num_experts  # none: the picture then goes by BlockRTRL
+    cell = RecurrentMoE(3, 4, 6, 5, write_slots=1, active_experts=1) if experts else Slots()
     inputs = torch.randn(2 * EVERY + 3, 3)
     found = influence_norms(cell, inputs)
     assert found is not None
@@ -58,6 +73,30 @@ def test_no_influence_norm_of_a_cell_that_cannot_be_trained_by_its_rows() -> Non
     found = trace(Drifting(3, 4, 6, 5), torch.randn(9, 3))
     assert found.influence_norm is None
     assert draw(Drifting(3, 4, 6, 5), found, "", {"here": torch.arange(9) == 4})
+
+
+def test_norms_of_a_cell_that_vmap_refuses() -> None:
+    class Branching(RecurrentMoE):
+        def advance(self, x: Tensor, s: Tensor) -> tuple[Tensor, Routing]:
+            return super().advance(x if x.sum() > 0 else -x, s)
+
+    found = trace(Branching(3, 4, 6, 5), torch.randn(9, 3))
+    assert found.jacobian_norm is None
+    assert found.read.any()
+
+
+def test_norms_under_validate_are_those_under_fit(tmp_path: Path) -> None:
+    picture = RoutingPicture(steps=12)
+    data = AnBnDataModule(2, 4, batch_size=4, steps_per_batch=8, batches_per_epoch=4, validation_size=8)
+    trainer = fit(RecurrentMoE(3, 4, 5, 6), LazyExpertRTRL(window=4), tmp_path, picture, data)
+    fitted = picture.latest
+    model: Any = trainer.model
+    trainer.validate(model, data)  # in inference mode
+    assert fitted is not None
+    assert picture.latest is not None
+    assert fitted.influence_norm is not None
+    for drawn, expected in zip(picture.latest, fitted, strict=True):
+        torch.testing.assert_close(drawn, expected)
 
 
 def test_costs() -> None:

@@ -38,8 +38,9 @@ class LazyCase(SensitivityCase):
     ring = 2
     tree = False
 
-    def make(self, batch_size: int = BATCH, ring: int | None = None) -> LazyExpertSensitivity:
-        options: dict[str, Any] = {"slot_size": 2, "ring": self.ring if ring is None else ring, "tree": self.tree}
+    def make(self, batch_size: int = BATCH, ring: int | None = None, tree: bool | None = None) -> LazyExpertSensitivity:
+        options: dict[str, Any] = {"slot_size": 2, "ring": self.ring if ring is None else ring}
+        options["tree"] = self.tree if tree is None else tree
         return LazyExpertSensitivity(SHAPES, batch_size, SIZE, torch.float64, torch.device("cpu"), **options)
 
     def truth(self, dense: Dense, linearization: WindowLinearization) -> Dense:
@@ -70,9 +71,10 @@ class LazyCase(SensitivityCase):
         sensitivity.load_state_dict(saved)
         assert_same(sensitivity.vjp(cotangent), expected, exactly=True)
 
-    @pytest.mark.parametrize("ring", [2, 3, 8])
-    def test_another_ring_may_follow(self, ring: int) -> None:
-        made, other = self.make(), self.make(ring=ring)
+    @pytest.mark.parametrize("tree", [False, True])
+    @pytest.mark.parametrize("ring", [0, 2, 3, 8])
+    def test_another_ring_may_follow(self, ring: int, tree: bool) -> None:
+        made, other = self.make(), self.make(ring=ring, tree=tree and ring > 0)
         for number in range(9):
             made.advance(everything() if number < 2 else window("joint"))
         other.load_state_dict(made.state_dict())
@@ -101,6 +103,11 @@ class LazyCase(SensitivityCase):
         other = self.make()
         other.shapes = {name: shape for name, shape in SHAPES.items() if name != "bank"}
         with pytest.raises(ValueError, match="covers 'bank', which this cell does not have"):
+            other.load_state_dict(sensitivity.state_dict())
+        other.shapes = SHAPES | {"bank": torch.Size([SHAPES["bank"][0] + 1, *SHAPES["bank"][1:]])}
+        with pytest.raises(
+            ValueError, match=r"the saved influence of bank is of .* resume with the model it was saved"
+        ):
             other.load_state_dict(sensitivity.state_dict())
         with pytest.raises(ValueError, match="resume with the"):
             self.make(1).load_state_dict(sensitivity.state_dict())
