@@ -103,9 +103,10 @@ class Memory:
         Raises:
             ValueError: if algorithm, batch size, state size or parameters differ.
         """
-        if saved["algorithm"] != self.base.algorithm:
+        algorithm = saved.get("algorithm", self.base.algorithm)
+        if algorithm != self.base.algorithm:
             raise ValueError(
-                f"the saved influence is that of {saved['algorithm']}, this run's is of {self.base.algorithm}: resume "
+                f"the saved influence is that of {algorithm}, this run's is of {self.base.algorithm}: resume "
                 "with the algorithm it was saved with"
             )
         if saved["state"].shape != self.state.shape:

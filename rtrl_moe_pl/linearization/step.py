@@ -265,8 +265,10 @@ class StepLinearizer:
 
 
 def _detached(tap: Tap) -> Tap:
-    """What outlives the step: no graph, of the output its shape alone."""
-    source = None if tap.input is None else tap.input.detach()
+    """What outlives the step: no graph, no buffer of the cell's (it may change), of the output its shape alone."""
+    source = tap.input
+    if source is not None:
+        source = source.detach() if source.requires_grad else source.clone()
     return replace(tap, output=tap.output[:1].detach().clone(), input=source)
 
 
