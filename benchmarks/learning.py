@@ -1,7 +1,7 @@
 """Do the shipped configurations learn, and do the controls fail? Three seeds of each.
 
     OMP_NUM_THREADS=1 python -m benchmarks.learning               # everything, two runs at a time
-    python -m benchmarks.learning --only recall --seeds 0 1 2
+    python -m benchmarks.learning --only recall --seeds 0 1 2     # these rows of the results anew, the others stay
 
 a^n b^n: every cell's accuracy at the trained lengths, twice and four times as long. Delayed recall: exact RTRL and
 BPTT against TBPTT at RTRL's window, and against RTRL whose influence is held at zero, which must stay at chance.
@@ -10,6 +10,7 @@ BPTT against TBPTT at RTRL's window, and against RTRL whose influence is held at
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.command import run
-from benchmarks.common import write
+from benchmarks.common import RESULTS, machine, write
 
 WHOLE = ["--data.layout", "sequences", "--model.gradient", "BPTT"]
 HELD = ["--model.gradient", "benchmarks.controls.RTRLWithoutInfluence", "--model.gradient.window", "8"]
@@ -49,6 +50,7 @@ def fit(name: str, seed: int) -> dict[str, Any]:
         "run": name,
         "seed": seed,
         "seconds": round(done.seconds, 1),
+        "processor": machine(torch.device("cpu"))["processor"],
         "accuracy": {tag: curve[-1][1] for tag, curve in curves.items()},
         "steps": curves["val/accuracy"][-1][0],
         "steps_to_99.5": reached[0] if reached else None,
@@ -63,14 +65,16 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=2)
     arguments = parser.parse_args()
     jobs = [(name, seed) for name in RUNS if name.startswith(arguments.only) for seed in arguments.seeds]
-    results = []
+    path = RESULTS / "learning.json"
+    kept = json.loads(path.read_text())["results"] if path.exists() else []
+    rows = {(row["run"], row["seed"]): row for row in kept}
     with ThreadPoolExecutor(arguments.parallel) as pool:
-        for result in tqdm(pool.map(lambda job: fit(*job), jobs), total=len(jobs)):
-            results.append(result)
-            shown = ", ".join(f"{tag.removeprefix('val/')} {value:.1%}" for tag, value in result["accuracy"].items())
-            tqdm.write(f"{result['run']}, seed {result['seed']}: {shown} in {result['seconds']:.0f} s")
-    suffix = f"_{arguments.only.split()[0]}" if arguments.only else ""
-    print(f"written to {write(f'learning{suffix}', torch.device('cpu'), results)}")
+        for row in tqdm(pool.map(lambda job: fit(*job), jobs), total=len(jobs)):
+            rows[row["run"], row["seed"]] = row
+            shown = ", ".join(f"{tag.removeprefix('val/')} {value:.1%}" for tag, value in row["accuracy"].items())
+            tqdm.write(f"{row['run']}, seed {row['seed']}: {shown} in {row['seconds']:.0f} s")
+            order = sorted(rows.values(), key=lambda row: (list(RUNS).index(row["run"]), row["seed"]))
+            write("learning", torch.device("cpu"), order)
 
 
 if __name__ == "__main__":

@@ -70,15 +70,16 @@ def step_table(results: dict[str, Any]) -> str:
 
 def learning_table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| run | seed | accuracy | at 2x | at 4x | 99.5 % first seen at | steps | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | seed | accuracy | at 2x | at 4x | 99.5 % first seen at | steps | seconds | processor |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         accuracy = row["accuracy"]
         values = [f"{accuracy[t]:.1%}" for t in ("val/accuracy", "val/accuracy_2x", "val/accuracy_4x")]
         first = "" if row["steps_to_99.5"] is None else f"step {row['steps_to_99.5']}"
         lines.append(
-            f"| {row['run']} | {row['seed']} | {' | '.join(values)} | {first} | {row['steps']} | {row['seconds']:.0f} |"
+            f"| {row['run']} | {row['seed']} | {' | '.join(values)} | {first} | {row['steps']} | {row['seconds']:.0f} | "
+            f"{row['processor']} |"
         )
     return "\n".join(lines)
 
@@ -94,8 +95,11 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
 
 
 def facts(found: dict[str, Any]) -> str:
-    machine = found["machine"]
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} thread(s)"
+    machine, results = found["machine"], found["results"]
+    processor = (
+        "processors as given" if isinstance(results, list) and "processor" in results[0] else machine["processor"]
+    )
+    where = machine.get("gpu") or f"{processor}, {machine['threads']} thread(s)"
     return f"{where}; torch {machine['torch']}, Python {machine['python']}."
 
 

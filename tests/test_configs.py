@@ -24,6 +24,9 @@ PROMISED = {
     "haystack_tbptt",
     "haystack_bptt",
     "haystack_1m",
+    "haystack_moe_rtrl",
+    "haystack_moe_lazy",
+    "anbn_moe_rtrl",
 }
 
 

@@ -66,7 +66,11 @@ def one_line(error: BaseException) -> str:
 
 
 def _sentence(path: str, causes: list[str], owner: str | None, given: str | None) -> str:
+    expected: list[re.Match[str]] = []
     for cause in causes:
+        if found := _EXPECTED.match(cause):
+            expected.append(found)
+            continue
         if _NO_CLASS_GIVEN.match(cause):
             return f"{path}: needs the name of a class, or class_path and init_args and no other key, got {given}"
         if _NO_OBJECT.match(cause):
@@ -78,9 +82,7 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
             return f"unknown key {key}" + (f": {_takes(owner)}" if owner else "")
         if missing := _NO_CLASS.search(cause):
             return f"{path}: there is no class {missing[1]}: give the name of an imported one, or its full path"
-        if not _EXPECTED.match(cause):  # a class's own words
-            return ": ".join(filter(None, [path, cause]))
-    expected = [found for cause in causes if (found := _EXPECTED.match(cause))]
+        return ": ".join(filter(None, [path, cause]))  # a class's own words
     types = " or ".join(_readable(found[1] or found[2]) for found in expected)
     return f"{path}: needs {types}, got {expected[0][3] or given}" if expected else path
 

@@ -184,13 +184,13 @@ def draw(cell: RoutedCell, trace: Trace, title: str, marks: Mapping[str, Tensor]
         norms.plot(ends, trace.influence_norm.tolist(), marker=".", label="norm of influence P")
     norms.set(xlabel="step", ylabel="norms", xlim=(-0.5, count - 0.5), yscale="log")
     norms.grid(alpha=0.3)
-    found = []
+    handles = list(norms.lines)
     for colour, (name, mask) in zip(MARKS, marks.items(), strict=False):
         for step in mask.nonzero().flatten().tolist():
             lines = [left.axvline(step, color=colour, linewidth=1) for left in axes[:, 0]]
             lines[0].set_label(name)
-        found += lines[:1] if mask.any() else []
-    figure.legend(handles=[*norms.lines[:3], *found], fontsize=8, loc="outside lower left", ncols=7)
+        handles += lines[:1] if mask.any() else []
+    figure.legend(handles=handles, fontsize=8, loc="outside lower left", ncols=7)
     table.axis("off")
     lines = [f"{'multiply-adds a step':18s}{'dense':>9s}{'done':>9s}"]
     lines += [f"{name:18s}{dense:9.2g}{done:9.2g}" for name, dense, done in cost_table(cell, trace)]
@@ -206,7 +206,7 @@ def _raster(axes: Axes, name: str, chosen: Tensor) -> None:
     count = chosen.shape[1]
     for row in range(count - 1):  # neighbours that are both in use stay apart
         axes.axhline(row + 0.5, color="white", linewidth=1 if count <= 16 else 0.5)
-    axes.set_yticks(range(0, count, max(1, -(-count // 8))))
+    axes.set_yticks(_ticks(count))
 
 
 def _usage(axes: Axes, chosen: Tensor) -> None:
@@ -218,4 +218,9 @@ def _usage(axes: Axes, chosen: Tensor) -> None:
     entropy = float(usage_entropy(counts))
     axes.set_title(f"share; entropy {entropy:.0%} of largest, {unused} unused", fontsize=9)
     axes.set_ylim(-0.5, len(share) - 0.5)
-    axes.set_yticks(range(0, len(share), max(1, -(-len(share) // 8))))
+    axes.set_yticks(_ticks(len(share)))
+
+
+def _ticks(count: int) -> range:
+    """At most eight of some rows."""
+    return range(0, count, -(-count // 8))
