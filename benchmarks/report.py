@@ -78,8 +78,8 @@ def learning_table(rows: list[dict[str, Any]]) -> str:
         values = [f"{accuracy[t]:.1%}" for t in ("val/accuracy", "val/accuracy_2x", "val/accuracy_4x")]
         first = "" if row["steps_to_99.5"] is None else f"step {row['steps_to_99.5']}"
         lines.append(
-            f"| {row['run']} | {row['seed']} | {' | '.join(values)} | {first} | {row['steps']} | {row['seconds']:.0f} | "
-            f"{row['processor']} |"
+            f"| {row['run']} | {row['seed']} | {' | '.join(values)} | {first} | {row['steps']} | "
+            f"{row['seconds']:.0f} | {row['processor']} |"
         )
     return "\n".join(lines)
 

@@ -7,12 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rtrl_moe_pl.linearization.derivatives import Key, StepDerivatives, jacobian_key
 from rtrl_moe_pl.linearization.routed_backward import RoutedBackward
 from rtrl_moe_pl.linearization.sparse import SparseJacobian
-from rtrl_moe_pl.linearization.step import Jacobian, StepDerivatives
 from rtrl_moe_pl.linearization.workspace import Workspace
-
-Key = tuple[object, ...]
 
 
 class Backward(Protocol):
@@ -205,12 +203,6 @@ def tap_on_the_way(derivatives: StepDerivatives) -> Key:
     jacobian, _, _ = _scales(derivatives)
     assert jacobian is not None
     return jacobian_key(jacobian)
-
-
-def jacobian_key(jacobian: Jacobian) -> Key:
-    """Equal for taps whose outputs are added: autograd hands both the same tensors."""
-    values = jacobian.values if isinstance(jacobian, SparseJacobian) else [jacobian]
-    return tuple((v.data_ptr(), v.shape, v.stride()) for v in values)
 
 
 def write_transitions(derivatives: StepDerivatives, out: Tensor) -> None:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rtrl_moe_pl.linearization.backward import Key, jacobian_key
 from rtrl_moe_pl.linearization.cotangents import Cotangents, ProductCotangents, ScaledCotangents, StoredCotangents
+from rtrl_moe_pl.linearization.derivatives import Jacobian, Key, jacobian_key
 from rtrl_moe_pl.linearization.sparse import SparseJacobian
-from rtrl_moe_pl.linearization.step import Jacobian
 from rtrl_moe_pl.linearization.tail import Tail
 from rtrl_moe_pl.linearization.window import copy_flushed
 

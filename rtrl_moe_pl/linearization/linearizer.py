@@ -11,18 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtrl_moe_pl.cells.routed import Routing
-from rtrl_moe_pl.linearization.backward import jacobian_key
 from rtrl_moe_pl.linearization.chain import loss_cotangents, loss_sweep, state_sweep
+from rtrl_moe_pl.linearization.derivatives import PlanMismatch, StepDerivatives, jacobian_key
 from rtrl_moe_pl.linearization.planner import make_plan, probing_rows, without_taps
 from rtrl_moe_pl.linearization.routed import RoutedInputs
 from rtrl_moe_pl.linearization.slow import functional_terms, initial_terms, whole_window
-from rtrl_moe_pl.linearization.step import (
-    Plan,
-    PlanMismatch,
-    StepDerivatives,
-    StepLinearizer,
-    require_close,
-)
+from rtrl_moe_pl.linearization.step import Plan, StepLinearizer, require_close
 from rtrl_moe_pl.linearization.tail import Steps, Tail
 from rtrl_moe_pl.linearization.terms import tap_terms
 from rtrl_moe_pl.linearization.window import Block, Term, WindowLinearization, gradient_of, separate

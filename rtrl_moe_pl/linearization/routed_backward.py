@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rtrl_moe_pl.cells.routed import Routing
+from rtrl_moe_pl.linearization.derivatives import StepDerivatives
 from rtrl_moe_pl.linearization.window import copy_flushed
 from rtrl_moe_pl.linearization.workspace import Workspace
-
-if TYPE_CHECKING:
-    from rtrl_moe_pl.linearization.step import StepDerivatives
 
 
 class RoutedBackward:

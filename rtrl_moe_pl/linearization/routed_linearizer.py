@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rtrl_moe_pl.cells.routed import RoutedCell, Routing
+from rtrl_moe_pl.linearization.derivatives import PlanMismatch
 from rtrl_moe_pl.linearization.linearizer import Linearizer, require_same_states
 from rtrl_moe_pl.linearization.routed import RoutedInputs, RoutedUpdate
-from rtrl_moe_pl.linearization.step import PlanMismatch
 from rtrl_moe_pl.linearization.tail import Steps
 
 

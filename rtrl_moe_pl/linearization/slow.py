@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rtrl_moe_pl.linearization.step import PlanMismatch, batched_vjp, require_close
+from rtrl_moe_pl.linearization.derivatives import PlanMismatch
+from rtrl_moe_pl.linearization.step import batched_vjp, require_close
 from rtrl_moe_pl.linearization.window import Block, DenseTerm
 
 

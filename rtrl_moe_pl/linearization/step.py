@@ -10,34 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rtrl_moe_pl.cells.routed import Routing
+from rtrl_moe_pl.linearization.derivatives import Jacobian, PlanMismatch, StepDerivatives, in_tiles
 from rtrl_moe_pl.linearization.routed import RoutedInputs
 from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian
 from rtrl_moe_pl.linearization.taps import Tap, TapRecorder
 
-Jacobian = SparseJacobian | Tensor  # dense: [N, V, U]
-
-
-class PlanMismatch(Exception):
-    """The cell did something that its plan does not describe: plan again, or take the slow path."""
-
-
-@dataclass
-class StepDerivatives:
-    """d s' at fixed parameters, for N rows.
-
-    Args:
-        sparse: pairs (T [N, S, U], W [U, S]) whose products T W are summed into ds'/ds; W None for the identity.
-        dense: what else is summed into it, [N, S, S], or None.
-        taps: each tap with ds'/d(its output) [N, S, U].
-        routing: of a routed cell, whose s' and s are here the slots written [N, W d] and those read and written
-            [N, (R + W) d].
-    """
-
-    sparse: list[tuple[SparseJacobian, Tensor | None]]
-    dense: Tensor | None
-    taps: list[tuple[Tap, Jacobian]]
-    routing: Routing | None = None
+TILE_BYTES = 64 * 1024 * 1024  # of a tile's derivatives: with more, every operation on them passes through memory
 
 
 @dataclass
@@ -146,14 +124,18 @@ class StepLinearizer:
         Raises:
             PlanMismatch: if the cell met other taps, or its derivatives do not fit the plan's patterns.
         """
-        run = self.evaluate(plan, x, state, cut=plan.patterns is not None)
+        if plan.patterns is not None:
+            return self._compressed(plan, self._run(plan, x, state, cut=True))
+        each = state.shape[1] * (state.shape[1] + sum(shape.numel() for *_, shape in plan.signature))  # numbers a row
+        rows = max(8, TILE_BYTES // (each * state.itemsize))
+        return in_tiles(lambda x, state: self._dense(plan, x, state), x, state, rows)
+
+    def _run(self, plan: Plan, x: Tensor | RoutedInputs, state: Tensor, cut: bool) -> Evaluation:
+        """``evaluate``, if the cell meets the plan's taps."""
+        run = self.evaluate(plan, x, state, cut)
         if tuple(tap.signature for tap in run.taps) != plan.signature:
             raise PlanMismatch("the cell reached its parameters in another way than before")
-        if plan.patterns is None:
-            if self.outside_taps(self.evaluate(plan, x, state, cut=True), plan):
-                raise PlanMismatch("a parameter is used outside its taps")
-            return run.output.detach(), self._dense(plan, run)
-        return run.output.detach(), self._compressed(plan, run)
+        return run
 
     def outside_taps(self, run: Evaluation, plan: Plan | None) -> set[str]:
         """Trainable parameters that a cut run still depends on: those met in no recognised form."""
@@ -165,7 +147,10 @@ class StepLinearizer:
         found = torch.autograd.grad(run.sinks, list(free.values()), probes, retain_graph=True, allow_unused=True)
         return {name for name, gradient in zip(free, found, strict=True) if gradient is not None}
 
-    def _dense(self, plan: Plan, run: Evaluation) -> StepDerivatives:
+    def _dense(self, plan: Plan, x: Tensor | RoutedInputs, state: Tensor) -> tuple[Tensor, StepDerivatives]:
+        run = self._run(plan, x, state, cut=False)
+        if self.outside_taps(self.evaluate(plan, x, state, cut=True), plan):
+            raise PlanMismatch("a parameter is used outside its taps")
         size = run.output.shape[1]
         eye = torch.eye(size, dtype=run.output.dtype, device=run.output.device)
         jacobians = batched_vjp(run.output, run.sources, eye[:, None].expand(-1, *run.output.shape), plan.batched)
@@ -176,15 +161,16 @@ class StepLinearizer:
         for jacobian, expected in zip(dense, truth, strict=True):
             found = torch.bmm(probe[:, None], jacobian)[:, 0]
             require_close(found, expected.flatten(1), scale)
-        return StepDerivatives([], dense[0], list(zip(map(_detached, run.taps), dense[1:], strict=True)))
+        taps: list[tuple[Tap, Jacobian]] = list(zip(map(_detached, run.taps), dense[1:], strict=True))
+        return run.output.detach(), StepDerivatives([], dense[0], taps)
 
-    def _compressed(self, plan: Plan, run: Evaluation) -> StepDerivatives:
+    def _compressed(self, plan: Plan, run: Evaluation) -> tuple[Tensor, StepDerivatives]:
         assert plan.patterns is not None
         if len(run.sinks) != len(plan.patterns):
             raise PlanMismatch("the cell's taps depend on each other in another way than before")
         direct = [self._colours(sink, run.sources, row) for sink, row in zip(run.sinks, plan.patterns, strict=True)]
         self._check(plan, run, direct)
-        return self._compose(run, direct)
+        return run.output.detach(), self._compose(run, direct)
 
     @staticmethod
     def _colours(sink: Tensor, sources: Sequence[Tensor], patterns: Sequence[Pattern]) -> list[SparseJacobian]:

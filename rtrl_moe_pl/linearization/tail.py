@@ -9,18 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtrl_moe_pl.linearization.backward import (
-    KINDS,
-    Backward,
-    Key,
-    MatrixBackward,
-    jacobian_key,
-    kind_of_backward,
-    tap_on_the_way,
-)
+from rtrl_moe_pl.linearization.backward import KINDS, Backward, MatrixBackward, kind_of_backward, tap_on_the_way
+from rtrl_moe_pl.linearization.derivatives import Jacobian, Key, StepDerivatives, jacobian_key
 from rtrl_moe_pl.linearization.routed_backward import RoutedBackward
 from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian
-from rtrl_moe_pl.linearization.step import Jacobian, StepDerivatives
 from rtrl_moe_pl.linearization.taps import Tap
 from rtrl_moe_pl.linearization.workspace import Workspace
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rtrl_moe_pl.linearization.backward import Key, jacobian_key
 from rtrl_moe_pl.linearization.cotangents import Cotangents
+from rtrl_moe_pl.linearization.derivatives import Jacobian, Key, jacobian_key
 from rtrl_moe_pl.linearization.experts import ExpertTerm, Uses
-from rtrl_moe_pl.linearization.step import Jacobian
 from rtrl_moe_pl.linearization.taps import Tap
 from rtrl_moe_pl.linearization.window import Block, IndexTerm, Member, OuterTerm, Term
 

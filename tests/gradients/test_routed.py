@@ -24,6 +24,7 @@ from rtrl_moe_pl.gradients import (
     sequence_gradient,
 )
 from rtrl_moe_pl.gradients import rtrl as rtrl_module
+from rtrl_moe_pl.linearization import step as step_module
 from rtrl_moe_pl.sensitivities import LazyExpertSensitivity
 from tests.gradients.problem import (
     Problem,
@@ -163,6 +164,14 @@ def test_some_experts_are_idle_for_longer_than_the_largest_ring(rare: Problem) -
 
 def test_a_block_leaves_no_expert_behind(idle: Problem) -> None:
     assert max(ages(idle, shortest(LazyExpertRTRL, 1, catch_up="block"))) == 0
+
+
+@pytest.mark.parametrize("kind", [RTRL, BlockRTRL, LazyExpertRTRL])
+def test_steps_are_differentiated_some_at_a_time(
+    idle: Problem, kind: type[RTRL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "TILE_BYTES", 1)  # eight rows; a window has 24
+    assert_exact(idle, kind(window=8, chunk=16))
 
 
 def test_truncation_differs(idle: Problem) -> None:

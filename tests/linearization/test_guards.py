@@ -16,11 +16,12 @@ from rtrl_moe_pl.gradients import RTRL
 from rtrl_moe_pl.linearization import OuterTerm, slow
 from rtrl_moe_pl.linearization import linearizer as linearizer_module
 from rtrl_moe_pl.linearization import step as step_module
+from rtrl_moe_pl.linearization.derivatives import PlanMismatch
 from rtrl_moe_pl.linearization.linearizer import Linearizer
 from rtrl_moe_pl.linearization.planner import make_plan
 from rtrl_moe_pl.linearization.slow import functional_terms, pull_back
 from rtrl_moe_pl.linearization.sparse import Pattern
-from rtrl_moe_pl.linearization.step import Plan, PlanMismatch, StepLinearizer, require_close
+from rtrl_moe_pl.linearization.step import Plan, StepLinearizer, require_close
 from tests.gradients.problem import Problem, assert_exact, make_problem, weighted_squares
 from tests.gradients.user_cells import flow, graphs, matrices, vectors
 
