@@ -42,8 +42,8 @@ def table(rows: Rows) -> str:
     samples = ", ".join(f"{min(n for at, n in tests if at == length):,} at {length:,}" for length in TESTED)
     lines += [
         "",
-        f"Sequences in the tests behind training, at least: {samples}. Chance is 25 %. A validation is of 512 sequences "
-        "(gap and uniform: 4,096), and the best of many is above what a test finds.",
+        f"Sequences in the tests behind training, at least: {samples}. Chance is 25 %. A validation is of 512 "
+        "sequences (gap and uniform: 4,096), and the best of many is above what a test finds.",
     ]
     return "\n".join(lines)
 
