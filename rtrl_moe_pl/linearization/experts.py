@@ -11,6 +11,8 @@ from torch import Tensor
 
 from rtrl_moe_pl.linearization.cotangents import Cotangents
 
+TILE_BYTES = 4 * 1024 * 1024  # of what is added to P at a time: it stays in cache
+
 
 @dataclass(frozen=True)
 class Uses:
@@ -57,7 +59,7 @@ class Uses:
         return result
 
     def sums(self, left: Tensor, right: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of every pair, the sum over its uses of ``left (x) right``.
+        """Of every pair, the sum over its uses of ``left (x) right``; some pairs at a time.
 
         Args:
             left: [K L, U], the uses flattened.
@@ -66,11 +68,14 @@ class Uses:
         Yields:
             places in ``pairs`` [g], and the sums [g, U, V].
         """
-        for here, uses, real in self._buckets:
-            factor = real.to(left.dtype).unsqueeze(-1)  # [g, m, 1]
-            if right is not None:
-                factor = right[uses].mul_(factor)
-            yield here, torch.bmm(left[uses].transpose(1, 2), factor)
+        size = left.shape[1] * (1 if right is None else right.shape[1]) * left.itemsize
+        count = max(1, TILE_BYTES // size)
+        for bucket in self._buckets:
+            for here, uses, real in zip(*(part.split(count) for part in bucket), strict=True):
+                factor = real.to(left.dtype).unsqueeze(-1)  # [g, m, 1]
+                if right is not None:
+                    factor = right[uses].mul_(factor)
+                yield here, torch.bmm(left[uses].transpose(1, 2), factor)
 
 
 @dataclass

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization import Block, ExpertTerm, Member
+from rtrl_moe_pl.linearization.experts import TILE_BYTES
 from rtrl_moe_pl.linearization.window import copy_flushed
-
-TILE_BYTES = 4 * 1024 * 1024  # what is multiplied at a time
 
 
 class ExpertPool:
