@@ -6,7 +6,9 @@
 Runs and tests are added to benchmarks/results/haystack_learning.json as they end; what is there is left out. Their logs
 and checkpoints are kept in lightning_logs/haystack_learning.
 
-*curriculum*: the shipped configurations, 64 to 2,048 tokens, every gap above twice the window of 16 steps.
+*curriculum*: the shipped configurations, 64 to 2,048 tokens, every gap above twice the window of 16 steps. By default
+P is advanced less often than that (chunk), and a loss goes back through all steps since: the gradient is the same, but
+what lies less than a chunk back does not pass through P. *P after every window*: all that lies before a window does.
 *gap*: 192 tokens, every gap above twice the largest window, 64 steps; all algorithms on the same data.
 *uniform*: 64 tokens, gaps from 2 to 61 steps: what truncated gradients learn from the values within their windows.
 *moe*: the mixture of experts, windows of 4 steps.
@@ -28,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.command import ROOT, Run, arguments, run
-from benchmarks.common import RESULTS, write
+from benchmarks.common import RESULTS, machine, write
 
 LOGS = ROOT / "lightning_logs" / "haystack_learning"
 NAME = "haystack_learning"
@@ -71,6 +73,7 @@ class Job:
 
 
 HELD, LAZY_HELD = "benchmarks.controls.RTRLWithoutInfluence", "benchmarks.controls.LazyExpertRTRLWithoutInfluence"
+ALONE = "P after every window"
 WHOLE = ["--data.layout", "sequences"]
 GAP, UNIFORM = fixed(192, 129, 20), fixed(64, 2, 10)
 MORE = {"data.curriculum": [16, 32, 64, 128, 256], "data.length": 512, "data.validation_window": 512}
@@ -79,6 +82,7 @@ JOBS: dict[str, Job] = {
     "curriculum RTRL(16)": Job("haystack_rtrl", [], tested=1048576),
     "curriculum TBPTT(16)": Job("haystack_tbptt", [], tested=2048),
     "curriculum RTRL(16), influence held at zero": Job("haystack_rtrl", gradient(HELD, 16), tested=2048),
+    f"curriculum RTRL(16), {ALONE}": Job("haystack_rtrl", ["--model.gradient.chunk", "16"], tested=2048),
     "gap RTRL(16)": Job("haystack_rtrl", GAP),
     "gap BPTT": Job("haystack_rtrl", [*GAP, *WHOLE, *gradient("BPTT")]),
     **{f"gap TBPTT({k})": Job("haystack_rtrl", [*GAP, *gradient("TBPTT", k)]) for k in (16, 32, 64)},
@@ -89,6 +93,7 @@ JOBS: dict[str, Job] = {
         for k in (4, 8, 16, 32)
     },
     "moe LazyExpertRTRL(4)": Job("haystack_moe_lazy", [], tested=2048),
+    f"moe LazyExpertRTRL(4), {ALONE}": Job("haystack_moe_lazy", ["--model.gradient.chunk", "4"], tested=64),
     "moe TBPTT(4)": Job("haystack_moe_lazy", gradient("TBPTT", 4), tested=64),
     "moe LazyExpertRTRL(4), influence held at zero": Job("haystack_moe_lazy", gradient(LAZY_HELD, 4), tested=64),
     "moe to 512 LazyExpertRTRL(4)": Job("haystack_moe_lazy", LONG, tested=16384),
@@ -106,7 +111,15 @@ def fit(name: str, seed: int) -> dict[str, Any]:
     done = run("fit", job.config, ["--seed_everything", str(seed), *job.options], folder)
     usage = ("read_entropy", "write_entropy", "unwritten_slots", "expert_entropy", "dead_experts")
     figures = {tag: round(done.figures[f"train/{tag}"][-1][1], 4) for tag in usage if f"train/{tag}" in done.figures}
-    return {"run": name, "seed": seed, "seconds": round(done.seconds), "curve": curve(done), **figures, "test": {}}
+    return {
+        "run": name,
+        "seed": seed,
+        "seconds": round(done.seconds),
+        "processor": machine(torch.device("cpu"))["processor"],
+        "curve": curve(done),
+        **figures,
+        "test": {},
+    }
 
 
 def missing(row: dict[str, Any]) -> list[int]:

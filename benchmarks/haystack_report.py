@@ -43,7 +43,8 @@ def table(rows: Rows) -> str:
     lines += [
         "",
         f"Sequences in the tests behind training, at least: {samples}. Chance is 25 %. A validation is of 512 "
-        "sequences (gap and uniform: 4,096), and the best of many is above what a test finds.",
+        "sequences (gap and uniform: 4,096), and the best of many is above what a test finds. Seeds are of the "
+        "weights: all are trained and tested on the same sequences, and tests of all lengths ask for the same values.",
     ]
     return "\n".join(lines)
 
@@ -73,8 +74,10 @@ def _lengths(axes: Axes, rows: Rows, title: str) -> None:
         done = [stages.index(point["length"]) + point["accuracy"] for point in row["curve"]]
         first = row["seed"] == 0
         label = row["run"].split(" ", 1)[1] if first and "to 512" not in row["run"] else None
-        axes.plot([point["seconds"] / 60 for point in row["curve"]], done, color=colour(row["run"]), label=label)
-    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1)
+        style = ":" if "every window" in row["run"] else "-"
+        minutes = [point["seconds"] / 60 for point in row["curve"]]
+        axes.plot(minutes, done, style, color=colour(row["run"]), label=label)
+    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
     axes.set_yticks([i + 1 for i in range(len(stages))], [f"{n:,}" for n in stages])
     axes.set(xlabel="minutes", ylabel="length learned (steps)", ylim=(0, None), title=title)
     axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.12))
@@ -87,7 +90,7 @@ def _accuracy(axes: Axes, rows: Rows) -> None:
         steps, values = zip(*((point["step"], point["accuracy"]) for point in row["curve"]), strict=True)
         label = name if row["seed"] == 0 else None
         axes.plot(steps, values, color=colour(name), linestyle=styles.get(name, "-"), label=label)
-    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1)
+    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
     axes.set(xlabel="optimizer steps", ylabel="accuracy", ylim=(0, 1.03), title="192 steps, gaps from 129")
     axes.legend(frameon=False, fontsize=8)
 
@@ -105,7 +108,7 @@ def _uniform(axes: Axes, rows: Rows) -> None:
         (line,) = axes.plot(*zip(*_means(points), strict=True), marker=marker, label=f"TBPTT(k), at {length}")
         axes.plot(*zip(*points, strict=True), marker, color=line.get_color(), alpha=0.35)
         axes.axhline(mean(exact), color=line.get_color(), linestyle=":", label=f"RTRL(16), at {length}")
-    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1)
+    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
     axes.set(xlabel="window k", ylabel="accuracy", ylim=(0, 1.03), title="Trained on 64 steps, gaps from 2 to 61")
@@ -133,10 +136,10 @@ def _bias(axes: Axes, rows: Rows) -> None:
 def _long(axes: Axes, rows: Rows) -> None:
     for row in rows:
         style, name = ("s--", "mixture of experts") if row["run"].startswith("moe") else ("o-", "GRU")
-        points = [(int(length), found["accuracy"]) for length, found in row["test"].items()]
+        points = sorted((int(length), found["accuracy"]) for length, found in row["test"].items())
         label = f"{name}, trained to {row['curve'][-1]['length']:,}" if row["seed"] == 0 else None
         axes.plot(*zip(*points, strict=True), style, color="tab:cyan" if "moe" in row["run"] else EXACT, label=label)
-    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1)
+    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(TESTED), [f"{n:,}" for n in TESTED], rotation=25)
     axes.set(xlabel="length (steps)", ylabel="accuracy", ylim=(0, 1.03), title="Asked for after longer streams")

@@ -4,8 +4,9 @@
     python -m benchmarks.moe_scaling --only slots --quick
     python -m benchmarks.moe_scaling --device cuda
 
-*one*: d = 32, 4 slots, 4 experts. *experts*: blocks of 512 tokens with one gradient each, flush and contraction
-included; routers were balanced first, and the number of distinct experts used in a block is given. *slots*: at a window
+Every repetition goes on with new inputs. *one*: d = 32, 4 slots, 4 experts. *experts*: blocks of 512 tokens with one
+gradient each, flush and contraction included, and a ring of 4, so that what is idle for longer must catch up; routers
+were balanced first, and the number of distinct experts used in a block is given. *slots*: at a window
 of one step, and at long windows (16 steps for dense RTRL, whose derivatives take more room; 256 for the others). The
 naive method, step by step, is measured at two steps, where it is affordable.
 Times are minima of interleaved repetitions; ratios are medians of the ratios of neighbours in time.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from benchmarks.naive import NaiveRTRL
 from rtrl_moe_pl.cells import RecurrentMoE, Routing
 from rtrl_moe_pl.gradients import BPTT, RTRL, BlockRTRL, GradientAlgorithm, LazyExpertRTRL, Memory
 
-INPUTS, OUTPUTS, BLOCK = 8, 4, 512
+INPUTS, OUTPUTS, BLOCK, BLOCKS = 8, 4, 512, 10
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -42,8 +44,8 @@ class Point:
         self.batch = batch
         self.cell = RecurrentMoE(INPUTS, slot_size, num_slots, num_experts, balance_rate=0.05).to(device)
         self.readout = nn.Linear(self.cell.state_size, OUTPUTS).to(device)
-        self.inputs = torch.randn(batch, BLOCK, INPUTS, device=device)
-        self.targets = torch.randn(batch, BLOCK, OUTPUTS, device=device)
+        self.inputs = torch.randn(batch, BLOCKS * BLOCK, INPUTS, device=device)
+        self.targets = torch.randn(batch, BLOCKS * BLOCK, OUTPUTS, device=device)
         self.memories: dict[str, Memory] = {}
 
     @torch.no_grad()
@@ -67,8 +69,8 @@ class Point:
     def run(self, name: str, algorithm: GradientAlgorithm, steps: int) -> Callable[[], object]:
         memory = self.memories[name] = algorithm.init(self.cell, self.batch, self.inputs.device)
         memory.fresh = False
-        x, y = self.inputs[:, :steps], self.targets[:, :steps]
-        return lambda: algorithm.run(self.cell, self.readout, x, y, squared_error, memory)
+        parts = cycle(zip(self.inputs.split(steps, 1), self.targets.split(steps, 1), strict=True))
+        return lambda: algorithm.run(self.cell, self.readout, *next(parts), squared_error, memory)
 
     def naive(self, steps: int) -> Callable[[], object]:
         method = NaiveRTRL(self.cell, self.readout, self.batch)
@@ -111,13 +113,14 @@ def experts(device: torch.device, repetitions: int) -> list[dict[str, Any]]:
             point = Point(device, batch, 32, 4, count)
             used = point.spread()
             block: dict[str, Any] = {"window": BLOCK, "chunk": BLOCK}
+            lazy = {**block, "ring": 4}
             runs = {
                 "BPTT": (point.run("BPTT", BPTT(), BLOCK), BLOCK),
-                "LazyExpertRTRL": (point.run("LazyExpertRTRL", LazyExpertRTRL(**block), BLOCK), BLOCK),
+                "LazyExpertRTRL": (point.run("LazyExpertRTRL", LazyExpertRTRL(**lazy), BLOCK), BLOCK),
             }
             for kind in ("tree", "block"):
                 name = f"LazyExpertRTRL, {kind}"
-                runs[name] = point.run(name, LazyExpertRTRL(**block, catch_up=kind), BLOCK), BLOCK
+                runs[name] = point.run(name, LazyExpertRTRL(**lazy, catch_up=kind), BLOCK), BLOCK
             if batch == 1:
                 runs["BlockRTRL"] = point.run("BlockRTRL", BlockRTRL(**block), BLOCK), BLOCK
                 runs["RTRL"] = point.run("RTRL", RTRL(window=64), 128), 128
@@ -155,8 +158,8 @@ def draw(results: dict[str, Any]) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     panels = (
-        (axes[0], [r for r in results["experts"] if r["batch"] == 1], "experts", "experts, 2 in use, 1 lane"),
-        (axes[1], [r for r in results["experts"] if r["batch"] == 8], "experts", "experts, 2 in use, 8 lanes"),
+        (axes[0], [r for r in results["experts"] if r["batch"] == 1], "experts", "2 experts in use, 1 lane"),
+        (axes[1], [r for r in results["experts"] if r["batch"] == 8], "experts", "2 experts in use, 8 lanes"),
         (axes[2], results["slots"], "slots", "slots of 32 numbers, 2 written, 1 lane"),
     )
     colours = {"BPTT": "tab:green", "RTRL": "tab:purple", "BlockRTRL": "tab:orange", "LazyExpertRTRL": "tab:blue"}
@@ -168,13 +171,14 @@ def draw(results: dict[str, Any]) -> None:
             there = [r for r in rows if name in r]
             times = [r[name]["us_per_token"] / 1000 for r in there]
             axis.plot([r[key] for r in there], times, styles[form], color=colours[algorithm], label=name)
-        axis.set(xscale="log", yscale="log", xlabel=title, ylabel="ms per token")
+        axis.set(xscale="log", yscale="log", xlabel=key, title=title, ylabel="ms per token")
+        axis.title.set_fontsize(10)
         axis.set_xticks([r[key] for r in rows], [str(r[key]) for r in rows])
         axis.set_xticks([], minor=True)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
         axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="best")
     figure.savefig(RESULTS / "moe_scaling.png", dpi=120)
 
 

@@ -5,6 +5,7 @@ python -m benchmarks.report
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,7 @@ def draw_step_time(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     tables: dict[str, Callable[[Any], str]] = {
         "step_time_cpu_1": step_table,
         "moe_scaling": moe_scaling.table,

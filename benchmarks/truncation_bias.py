@@ -9,6 +9,7 @@ RTRL has trained it for a while at gaps from 2. Three seeds.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from typing import Any
 
@@ -62,6 +63,7 @@ def rows(cell: nn.Module, readout: nn.Module, of: str, seed: int) -> list[dict[s
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     task, found = Haystack(LENGTH), []
     for seed in tqdm(range(3)):
         with tempfile.TemporaryDirectory() as folder:

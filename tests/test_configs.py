@@ -67,9 +67,20 @@ def test_is_short_and_complete(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_bptt")])
 def test_audit(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["audit", "--config", str(CONFIGS / f"{name}.yaml"), "--steps", "40", "--data.batch_size", "2"]) == 0
+    short = ["--data.length", "64"] if name == "haystack_1m" else []
+    audit = ["audit", "--config", str(CONFIGS / f"{name}.yaml"), "--steps", "70", "--data.batch_size", "2", *short]
+    assert main(audit) == 0
     exact = load(name)["model"]["init_args"]["gradient"]["class_path"] != "TBPTT"
     assert ("verdict: exact" if exact else "verdict: approximate") in capsys.readouterr().out
+
+
+def test_an_audit_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    audit = ["audit", "--config", str(CONFIGS / "haystack_rtrl.yaml"), "--data.batch_size", "2", "--steps"]
+    for steps, message in (("0", "--steps must be at least 1, got 0"), ("40", "--steps 40: nothing to compare")):
+        assert main([*audit, steps]) == 1
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "verdict" not in captured.out
 
 
 @pytest.mark.parametrize("task", ["recall", "haystack"])

@@ -36,7 +36,7 @@ class RecurrentMoE(RoutedCell):
 
     Args:
         input_size: D.
-        slot_size, num_slots, num_experts: d, S and E, at least 1.
+        slot_size, num_slots, num_experts: d at least 2, S and E at least 1.
         read_slots, write_slots, active_experts: R, W and A, how many are chosen; all of them makes a dense cell.
         max_memory: T, in steps, at least 2: begin with sigmoid(u) of about 1/T..1/2, so that a slot that is written at
             every step is kept for that many steps or longer (``chrono_bias``).
@@ -81,6 +81,7 @@ class RecurrentMoE(RoutedCell):
         learned_initial_state: bool = False,
     ) -> None:
         at_least(1, "num_experts", num_experts)
+        at_least(2, "slot_size", slot_size)  # a norm of one number is nothing
         sizes = num_slots, slot_size, num_experts, read_slots, write_slots, active_experts
         super().__init__(input_size, *sizes, learned_initial_state=learned_initial_state)
         self.temperature = positive("temperature", temperature)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 
+from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.data import Batch
 from rtrl_moe_pl.gradients import AuditReport, audit_gradient
 from rtrl_moe_pl.gradients.memory import readable
@@ -22,8 +23,11 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
 
     Returns:
         False if an algorithm that claims to be exact is off.
+    Raises:
+        ValueError: for ``steps`` below 1, or if these steps give no gradient to compare.
     Cost: that of one BPTT over ``steps`` steps, and of one run of the algorithm, in float64.
     """
+    at_least(1, "--steps", steps)
     model.to(trainer.strategy.root_device)
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -33,6 +37,11 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
     report = audit_gradient(
         model.gradient, model.cell, model.readout, data.inputs, data.targets, model.loss, data.starts
     )
+    if len(report.zero_gradients) == len(report.parameters):
+        raise ValueError(
+            f"--steps {steps}: nothing to compare, BPTT gives no parameter a gradient on {describe(data)}: take more "
+            "steps, so that some of them have a label, or shorter sequences"
+        )
     print_gradients(report)
     print_norms(report, window or data.inputs.shape[1], data.inputs.shape[1])
     print_forecast(model, datamodule, trainer)

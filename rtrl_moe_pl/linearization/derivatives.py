@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,60 @@ class StepDerivatives:
 def jacobian_key(jacobian: Jacobian) -> Key:
     """Equal for taps whose outputs are added: autograd hands both the same tensors."""
     values = jacobian.values if isinstance(jacobian, SparseJacobian) else [jacobian]
-    return tuple((v.data_ptr(), v.shape, v.stride()) for v in values)
+    return tuple(map(place, values))
+
+
+def place(value: Tensor) -> Key:
+    """Equal for one tensor seen twice."""
+    return value.data_ptr(), value.shape, value.stride()
+
+
+def tensors(tap: Tap, jacobian: Jacobian) -> list[Tensor]:
+    """What a tap holds for every row."""
+    values = jacobian.values if isinstance(jacobian, SparseJacobian) else [jacobian]
+    return [*(v for v in (tap.input, tap.experts) if v is not None), *values]
+
+
+def leaves(taps: Sequence[tuple[Tap, Jacobian]]) -> dict[Key, Tensor]:
+    """Every different tensor of some taps, by where it lies, in order."""
+    return {place(value): value for tap, jacobian in taps for value in tensors(tap, jacobian)}
+
+
+def shared(taps: Sequence[tuple[Tap, Jacobian]]) -> list[list[int]]:
+    """Which of the ``leaves`` each tap holds."""
+    order = {key: number for number, key in enumerate(leaves(taps))}
+    return [[order[place(value)] for value in tensors(tap, jacobian)] for tap, jacobian in taps]
+
+
+def with_leaves(taps: Sequence[tuple[Tap, Jacobian]], others: Sequence[Tensor]) -> list[tuple[Tap, Jacobian]]:
+    """The same taps with other tensors in place of their ``leaves``."""
+    new = dict(zip(leaves(taps), others, strict=True))
+    result: list[tuple[Tap, Jacobian]] = []
+    for tap, jacobian in taps:
+        source, experts = (None if v is None else new[place(v)] for v in (tap.input, tap.experts))
+        if isinstance(jacobian, SparseJacobian):
+            whole: Jacobian = replace(jacobian, values=[new[place(v)] for v in jacobian.values])
+        else:
+            whole = new[place(jacobian)]
+        result.append((replace(tap, input=source, experts=experts), whole))
+    return result
+
+
+def detached(taps: Sequence[Tap]) -> list[Tap]:
+    """What outlives the step: no graph, no buffer of the cell's (it may change), of the output its shape alone."""
+    copies: dict[Key, Tensor] = {}  # what taps share, they go on to share
+
+    def kept(value: Tensor | None) -> Tensor | None:
+        if value is None or value.requires_grad:
+            return None if value is None else value.detach()
+        if place(value) not in copies:
+            copies[place(value)] = value.clone()
+        return copies[place(value)]
+
+    return [
+        replace(tap, output=tap.output[:1].detach().clone(), input=kept(tap.input), experts=kept(tap.experts))
+        for tap in taps
+    ]
 
 
 def in_tiles(
@@ -54,36 +106,22 @@ def in_tiles(
 ) -> tuple[Tensor, StepDerivatives]:
     """New states [N, S] and dense derivatives of N rows, from ``differentiate`` called on ``rows`` of them at a time.
 
-    Raises:
-        PlanMismatch: if the taps whose outputs are added are not the same in every tile.
+    What several taps share in every tile they share in the whole; if tiles differ in that, all rows are taken at once.
     """
     if len(state) <= rows:
         return differentiate(x, state)
-    outputs, taps, whole = [], [], []
-    owners: list[int] = []  # of every Jacobian, the first that is the same tensor
+    outputs, dense, whole, pattern, taps = [], [], [], [], []
     for begin in range(0, len(state), rows):
         here = slice(begin, begin + rows)
         output, found = differentiate(x[here], state[here])
+        assert found.dense is not None
         outputs.append(output)
-        taps.append([tap for tap, _ in found.taps])
-        parts: list[Any] = [found.dense, *(part for _, part in found.taps)]
-        keys = [jacobian_key(part) for part in parts]
+        dense.append(found.dense)
+        taps, parts = found.taps, list(leaves(found.taps).values())
         if begin == 0:
-            owners = [keys.index(key) for key in keys]
-            whole = [part.new_empty(len(state), *part.shape[1:]) for part in parts]
-            whole = [whole[owner] for owner in owners]
-        if owners != [keys.index(key) for key in keys]:
-            raise PlanMismatch("layers whose outputs are added in some rows are not in others")
-        for i in set(owners):
-            whole[i][here] = parts[i]
-    joined = map(_joined, zip(*taps, strict=True))
-    return torch.cat(outputs), StepDerivatives([], whole[0], list(zip(joined, whole[1:], strict=True)))
-
-
-def _joined(parts: tuple[Tap, ...]) -> Tap:
-    """One meeting, from those of some rows each."""
-    inputs = [part.input for part in parts if part.input is not None]
-    experts = [part.experts for part in parts if part.experts is not None]
-    return replace(
-        parts[0], input=torch.cat(inputs) if inputs else None, experts=torch.cat(experts) if experts else None
-    )
+            pattern, whole = shared(taps), [part.new_empty(len(state), *part.shape[1:]) for part in parts]
+        elif shared(taps) != pattern:
+            return differentiate(x, state)
+        for joined, part in zip(whole, parts, strict=True):
+            joined[here] = part
+    return torch.cat(outputs), StepDerivatives([], torch.cat(dense), with_leaves(taps, whole))

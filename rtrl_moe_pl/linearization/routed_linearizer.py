@@ -42,7 +42,7 @@ class RoutedLinearizer(Linearizer):
         slots = self._update.gather(rows, states)
         written, derivatives = self._derivatives(rows, slots)
         again = self._update.scatter(rows, states, written).view(given.shape)
-        why = "it changes slots that it does not choose to write, or is more than update, random, or mixes rows"
+        why = "it changes slots that it does not choose to write, is random, mixes rows, or rounding makes it another"
         require_same_states(again, returned, why)
         assert self._plan is not None
         if self._plan.untapped:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rtrl_moe_pl.linearization.derivatives import Jacobian, PlanMismatch, StepDerivatives, in_tiles
+from rtrl_moe_pl.linearization.derivatives import Jacobian, PlanMismatch, StepDerivatives, detached, in_tiles
 from rtrl_moe_pl.linearization.routed import RoutedInputs
 from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian
 from rtrl_moe_pl.linearization.taps import Tap, TapRecorder
@@ -161,7 +161,7 @@ class StepLinearizer:
         for jacobian, expected in zip(dense, truth, strict=True):
             found = torch.bmm(probe[:, None], jacobian)[:, 0]
             require_close(found, expected.flatten(1), scale)
-        taps: list[tuple[Tap, Jacobian]] = list(zip(map(_detached, run.taps), dense[1:], strict=True))
+        taps: list[tuple[Tap, Jacobian]] = list(zip(detached(run.taps), dense[1:], strict=True))
         return run.output.detach(), StepDerivatives([], dense[0], taps)
 
     def _compressed(self, plan: Plan, run: Evaluation) -> tuple[Tensor, StepDerivatives]:
@@ -236,7 +236,7 @@ class StepLinearizer:
                     whole = whole.to_dense() if isinstance(whole, SparseJacobian) else whole
                     before[j].add_left_product(product, whole)
                     totals[j] = whole
-        return StepDerivatives(sparse, dense, list(zip(map(_detached, run.taps), totals[1:], strict=True)))
+        return StepDerivatives(sparse, dense, list(zip(detached(run.taps), totals[1:], strict=True)))
 
     def _weight(self, tap: Tap) -> Tensor:
         """d output / d input of an affine tap, [U, V]; block-diagonal where it acts on several vectors a row."""
@@ -248,14 +248,6 @@ class StepLinearizer:
         if copies == 1:
             return weight
         return torch.kron(torch.eye(copies, dtype=weight.dtype, device=weight.device), weight)
-
-
-def _detached(tap: Tap) -> Tap:
-    """What outlives the step: no graph, no buffer of the cell's (it may change), of the output its shape alone."""
-    source = tap.input
-    if source is not None:
-        source = source.detach() if source.requires_grad else source.clone()
-    return replace(tap, output=tap.output[:1].detach().clone(), input=source)
 
 
 def _times(total: Jacobian, weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization.backward import KINDS, Backward, MatrixBackward, kind_of_backward, tap_on_the_way
-from rtrl_moe_pl.linearization.derivatives import Jacobian, Key, StepDerivatives, jacobian_key
+from rtrl_moe_pl.linearization.derivatives import (
+    Jacobian,
+    Key,
+    StepDerivatives,
+    jacobian_key,
+    leaves,
+    shared,
+    with_leaves,
+)
 from rtrl_moe_pl.linearization.routed_backward import RoutedBackward
 from rtrl_moe_pl.linearization.sparse import Pattern, SparseJacobian
 from rtrl_moe_pl.linearization.taps import Tap
@@ -124,11 +132,9 @@ class Tail:
         """Plain tensors, numbers and strings; empty without steps."""
         if self.backward is None or self.like is None:
             return {}
-        leaves = _leaves(self.taps)
-        order = {place: number for number, place in enumerate(leaves)}
         none = torch.zeros(len(self.like), dtype=torch.bool, device=self.like.device)
         taps = []
-        for tap, jacobian in self.taps:
+        for (tap, jacobian), held in zip(self.taps, shared(self.taps), strict=True):
             pattern = jacobian.pattern if isinstance(jacobian, SparseJacobian) else None
             taps.append(
                 {
@@ -136,13 +142,13 @@ class Tail:
                     "transposed": tap.transposed,
                     "output": list(tap.output.shape[1:]),
                     "has": [tap.input is not None, tap.experts is not None],
-                    "leaves": [order[_place(value)] for value in _tensors(tap, jacobian)],
+                    "leaves": held,
                     "pattern": [] if pattern is None else [pattern.row_of, pattern.colour_of],
                 }
             )
         return {
             "starts": torch.stack([none if here is None else here for here in self.starts]),
-            "leaves": [leaf.clone() for leaf in leaves.values()],
+            "leaves": [leaf.clone() for leaf in leaves(self.taps).values()],
             "taps": taps,
             "form": self.form,
             "backward": self.backward.state_dict(),
@@ -153,9 +159,9 @@ class Tail:
         self.clear()
         if not state:
             return
-        leaves = [leaf.to(like.device, like.dtype if leaf.is_floating_point() else None) for leaf in state["leaves"]]
+        values = [leaf.to(like.device, like.dtype if leaf.is_floating_point() else None) for leaf in state["leaves"]]
         for saved in state["taps"]:
-            own = [leaves[number] for number in saved["leaves"]]
+            own = [values[number] for number in saved["leaves"]]
             source, experts = (own.pop(0) if has else None for has in saved["has"])
             output = torch.empty(1, *saved["output"])
             weight, bias = (name or None for name in saved["names"])
@@ -173,47 +179,21 @@ class Tail:
 
     def _gathered(self, taps: list[tuple[Tap, Jacobian]], rows: int, count: int) -> list[tuple[Tap, Jacobian]]:
         """All steps' taps: those held, ``rows`` rows, and ``taps`` after them."""
-        held, new = _leaves(self.taps), _leaves(taps)
-        joined: dict[Key, Tensor] = {}
+        held, new, joined = leaves(self.taps), leaves(taps), []
         for number, (before, value) in enumerate(zip(held.values(), new.values(), strict=True)):
             lanes = value.shape[0] // count
             buffer = self.workspace.empty(f"leaf {number}", (self.capacity * lanes, *value.shape[1:]), value)
             if before.data_ptr() != buffer.data_ptr():
                 buffer[:rows] = before
             buffer[rows : rows + len(value)] = value
-            joined[_place(value)] = buffer[: rows + len(value)]
-        result: list[tuple[Tap, Jacobian]] = []
-        for tap, jacobian in taps:
-            source, experts = (None if v is None else joined[_place(v)] for v in (tap.input, tap.experts))
-            if isinstance(jacobian, SparseJacobian):
-                whole: Jacobian = replace(jacobian, values=[joined[_place(v)] for v in jacobian.values])
-            else:
-                whole = joined[_place(jacobian)]
-            result.append((replace(tap, input=source, experts=experts), whole))
-        return result
+            joined.append(buffer[: rows + len(value)])
+        return with_leaves(taps, joined)
 
 
 def _structure(form: list[Any], taps: list[tuple[Tap, Jacobian]]) -> object:
     """Equal for steps of one form whose taps can be gathered: the same parameters, shapes, patterns, shared tensors."""
-    leaves = _leaves(taps)
-    order = {place: number for number, place in enumerate(leaves)}
     forms = []
-    for tap, jacobian in taps:
+    for (tap, jacobian), held in zip(taps, shared(taps), strict=True):
         pattern = jacobian.pattern.key if isinstance(jacobian, SparseJacobian) else None
-        forms.append((tap.signature, pattern, [order[_place(value)] for value in _tensors(tap, jacobian)]))
-    return form, [(v.shape[1:], v.dtype) for v in leaves.values()], forms
-
-
-def _place(value: Tensor) -> Key:
-    return value.data_ptr(), value.shape, value.stride()
-
-
-def _tensors(tap: Tap, jacobian: Jacobian) -> list[Tensor]:
-    """What a tap holds for every row."""
-    values = jacobian.values if isinstance(jacobian, SparseJacobian) else [jacobian]
-    return [*(v for v in (tap.input, tap.experts) if v is not None), *values]
-
-
-def _leaves(taps: list[tuple[Tap, Jacobian]]) -> dict[Key, Tensor]:
-    """Every different tensor of some taps, by where it lies, in order."""
-    return {_place(value): value for tap, jacobian in taps for value in _tensors(tap, jacobian)}
+        forms.append((tap.signature, pattern, held))
+    return form, [(v.shape[1:], v.dtype) for v in leaves(taps).values()], forms

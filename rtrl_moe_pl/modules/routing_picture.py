@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
@@ -22,7 +23,7 @@ from rtrl_moe_pl.tasks import Task
 from rtrl_moe_pl.training.pictures import picture_folder, show, when
 
 EVERY = 8  # steps between two norms of P: a window costs about the same whatever its length
-MARKS = ("tab:red", "tab:green", "black", "tab:purple")  # colours
+MARKS = ("tab:red", "tab:brown", "black", "tab:purple")  # colours
 
 
 class Trace(NamedTuple):
@@ -184,6 +185,8 @@ def draw(cell: RoutedCell, trace: Trace, title: str, marks: Mapping[str, Tensor]
         norms.plot(ends, trace.influence_norm.tolist(), marker=".", label="norm of influence P")
     norms.set(xlabel="step", ylabel="norms", xlim=(-0.5, count - 0.5), yscale="log")
     norms.grid(alpha=0.3)
+    for left in axes[:, 0]:
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = list(norms.lines)
     for colour, (name, mask) in zip(MARKS, marks.items(), strict=False):
         for step in mask.nonzero().flatten().tolist():
@@ -216,7 +219,7 @@ def _usage(axes: Axes, chosen: Tensor) -> None:
     axes.barh(range(len(share)), share, color="tab:blue")
     axes.axvline(1 / len(share), color="0.4", linestyle="--")
     entropy = float(usage_entropy(counts))
-    axes.set_title(f"share; entropy {entropy:.0%} of largest, {unused} unused", fontsize=9)
+    axes.set_title(f"share (dashed: even); entropy {entropy:.0%} of largest, {unused} unused", fontsize=9)
     axes.set_ylim(-0.5, len(share) - 0.5)
     axes.set_yticks(_ticks(len(share)))
 

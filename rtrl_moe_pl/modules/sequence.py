@@ -196,8 +196,7 @@ class SequenceModule(ManualModule):
         evaluation = self.evaluations[loader]
         assert isinstance(evaluation, EvaluationFigures)
         evaluation.accuracy.update(correct(outputs, labels), weights)
-        if weight > 0:
-            evaluation.loss.update(self.loss(outputs, batch.targets) / weight, weight)
+        evaluation.loss.update(self.loss(outputs, batch.targets) / (weight if weight > 0 else 1), weight)
         for figure, metric in (("accuracy", evaluation.accuracy), ("loss", evaluation.loss)):
             self.log(
                 f"{stage}/{figure}_{name}".rstrip("_"),

@@ -33,7 +33,7 @@ class ExpertPool:
         self.row_of = torch.full((pairs,), -1, device=like.device)  # by lane * E + expert; -1: P is zero
         self.pair_of = torch.full((pairs,), -1, device=like.device)  # by row; -1: free
         self.since = torch.zeros(pairs, dtype=torch.long, device=like.device)  # by row: windows that P covers
-        self.used = 0  # rows that were ever taken: all later ones are free
+        self.used = 0  # all later rows are free
 
     def live(self) -> Tensor:
         """The rows taken."""
@@ -50,6 +50,8 @@ class ExpertPool:
         gone = rows[lanes[self.pair_of[rows] // self.block.experts]]
         self.row_of[self.pair_of[gone]] = -1
         self.pair_of[gone] = -1
+        rows = self.live()
+        self.used = int(rows[-1]) + 1 if len(rows) else 0
 
     def due(self, used: Iterable[Tensor], expired: int) -> Tensor:
         """Rows taken whose pair is among ``used``, or which cover no more than ``expired`` windows."""
@@ -164,5 +166,5 @@ class ExpertPool:
 
     @property
     def nbytes(self) -> int:
-        """Of the rows that were ever taken."""
+        """Up to the last row taken."""
         return self.values[: self.used].nbytes

@@ -145,6 +145,9 @@ class LazyExpertSensitivity(Sensitivity):
         return dense
 
     def norm(self) -> Tensor:
+        names = [member.name for block in self.pools for member in block.members]
+        if len(set(names)) < len(names):  # a bank in two blocks: what they hold of it is added first
+            return torch.stack([part.norm() for part in self.to_dense().values()]).norm()
         norms = [self._shared.norm()]
         for pool in self.pools.values():
             norms += [torch.linalg.vector_norm(values) for _, values in self._caught_up(pool, pool.live())]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rtrl_moe_pl.cells import GRU, LeakyIntegrator, VanillaRNN
+from rtrl_moe_pl.cells import GRU, LeakyIntegrator, VanillaRNN, expert_linear
 from rtrl_moe_pl.gradients import RTRL, Memory, rtrl
 from rtrl_moe_pl.linearization import pending
 from tests.gradients.problem import Problem, assert_exact, make_problem, plain_autograd, total_error, weighted_squares
@@ -43,6 +43,21 @@ class Coded(UserCell):
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
         return torch.tanh(self.input(x) + self.layer(s) + self.read(self.code.expand(len(x), -1)))
+
+
+class Tabled(UserCell):
+    """Its expert is named by a buffer."""
+
+    code: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(5)
+        self.layer, self.bank = nn.Linear(5, 5), nn.Parameter(torch.randn(3, 5, 5))
+        self.register_buffer("code", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        experts = self.code.expand(len(x), 1)
+        return torch.tanh(self.input(x) + expert_linear(self.layer(s)[:, None], self.bank, None, experts)[:, 0])
 
 
 CELLS: dict[str, Callable[[], Any]] = {
@@ -135,18 +150,22 @@ def test_a_saved_tail_matters() -> None:
     assert total_error(grads[2], grads[0]) > 1e-3
 
 
-def test_buffers_may_change_between_windows() -> None:
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [(Coded, lambda code: code.copy_(torch.randn(4))), (Tabled, lambda code: code.copy_((code + 1) % 3))],
+)
+def test_buffers_may_change_between_windows(make: Any, change: Callable[[Tensor], Tensor]) -> None:
     """A tap that reads a buffer keeps what it read."""
     results = []
     for chunk in (WINDOW, STEPS):
         torch.manual_seed(0)
-        problem = a_problem(Coded())
+        problem = a_problem(make())
         algorithm = RTRL(window=WINDOW, chunk=chunk)
         memory = algorithm.init(problem.cell, 3)
         grads = []
         for begin in range(0, STEPS, WINDOW):
             grads += stream(problem, algorithm, memory, begin, begin + WINDOW)
-            problem.cell.code.copy_(torch.randn(4))  # type: ignore[union-attr, operator]
+            change(problem.cell.code)  # type: ignore[arg-type]
         results.append(grads)
     assert all(total_error(a, b) <= 1e-12 for a, b in zip(*results, strict=True))
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rtrl_moe_pl.cells import GRU, RecurrentMoE, RoutedCell, Routing, Stack
+from rtrl_moe_pl.cells import GRU, RecurrentMoE, RoutedCell, Routing, Stack, expert_linear
 from rtrl_moe_pl.cells.routed import put_slots, take_slots
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, BlockRTRL, LazyExpertRTRL, MemoryForecastError
 from rtrl_moe_pl.gradients import rtrl as rtrl_module
-from tests.gradients.problem import Problem, assert_exact, make_problem
+from tests.gradients.problem import Problem, assert_exact, make_problem, weighted_squares
 from tests.gradients.user_cells.routed import Plain
 
 
@@ -102,6 +102,52 @@ def test_a_saved_memory_goes_on_bit_for_bit(idle: Problem, kind: type[BlockRTRL]
         for name in one.grads:
             assert torch.equal(one.grads[name], other.grads[name]), name
     assert float(memory.base.norm()) > 0
+
+
+@pytest.mark.parametrize("kind", [BlockRTRL, LazyExpertRTRL])
+def test_a_reset_forgets_numbers_that_are_not_finite(idle: Problem, kind: type[BlockRTRL]) -> None:
+    algorithm = kind(window=2, chunk=2)
+    memory = algorithm.init(idle.cell, 3)
+
+    def run(inputs: Tensor) -> dict[str, Tensor]:
+        data = inputs[:, :12], tuple(target[:, :12] for target in idle.targets)
+        return algorithm.run(idle.cell, idle.readout, *data, weighted_squares, memory).grads
+
+    truth = run(idle.inputs)
+    assert not all(gradient.isfinite().all() for gradient in run(idle.inputs / 0).values())
+    memory.reset()
+    for name, gradient in run(idle.inputs).items():
+        torch.testing.assert_close(gradient, truth[name])
+
+
+class TwoMeetings(Plain):
+    """Two banks whose outputs are added as they are, or one of them doubled: with one Jacobian, or with two."""
+
+    doubled = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Parameter(torch.randn(4, 3, 6))
+
+    def update(self, x: Tensor, read: Tensor, old: Tensor, routing: Routing) -> Tensor:
+        both = torch.cat([self.norm(read[:, 0] + self.embed(x)), x], -1)[:, None]
+        one, other = (expert_linear(both, bank, None, routing.experts) for bank in (self.bank, self.other))
+        return torch.tanh(self.gain * old + one + (2 * other if self.doubled else other))
+
+
+@pytest.mark.parametrize("algorithm", [BlockRTRL(3, chunk=3), LazyExpertRTRL(3, chunk=3, ring=2)], ids=repr)
+def test_a_norm_counts_a_bank_once(algorithm: BlockRTRL) -> None:
+    """Also where its influence is kept in two parts."""
+    cell = TwoMeetings().double()
+    problem = make_problem(cell, batch=2, steps=12)
+    memory = algorithm.init(cell, 2)
+    for begin in range(0, 12, 3):
+        part = slice(begin, begin + 3)
+        cell.doubled = begin % 2 == 1
+        targets = tuple(target[:, part] for target in problem.targets)
+        algorithm.run(cell, problem.readout, problem.inputs[:, part], targets, weighted_squares, memory)
+    dense = torch.cat([part.flatten() for part in memory.sensitivity.to_dense().values()])
+    assert float(memory.sensitivity.norm()) == pytest.approx(float(dense.norm()), rel=1e-12)
 
 
 @pytest.mark.parametrize("saved", [RTRL(window=2), LazyExpertRTRL(window=2), TBPTT(window=2)])

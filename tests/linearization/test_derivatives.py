@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rtrl_moe_pl.cells import SimpleRNN
 from rtrl_moe_pl.linearization import step as step_module
-from rtrl_moe_pl.linearization.derivatives import PlanMismatch, StepDerivatives, in_tiles, jacobian_key
+from rtrl_moe_pl.linearization.derivatives import StepDerivatives, in_tiles, leaves
 from rtrl_moe_pl.linearization.taps import Tap
 from tests.gradients.user_cells import vectors
 from tests.linearization.test_guards import planned
@@ -40,34 +40,35 @@ def test_tiles_are_put_together(make: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def pair(shared: bool, rows: int) -> StepDerivatives:
-    """Two taps, with one Jacobian or with two."""
-    first = torch.randn(rows, 2, 3)
-    taps: list[Any] = [
-        (Tap(torch.zeros(1, 3), torch.randn(rows, 3), name, None), jacobian)
-        for name, jacobian in (("a", first), ("b", first if shared else first.clone()))
-    ]
+    """Two taps, with one Jacobian, input and table of experts, or with two."""
+    held = torch.randn(rows, 2, 3), torch.randn(rows, 1, 3), torch.randint(5, (rows, 1))
+    taps: list[Any] = []
+    for name in ("a", "b"):
+        jacobian, source, experts = held if shared else [value.clone() for value in held]
+        taps.append((Tap(torch.zeros(1, 1, 3), source, name, None, experts=experts), jacobian))
     return StepDerivatives([], torch.randn(rows, 2, 2), taps)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_what_is_one_tensor_in_every_tile_stays_one(shared: bool) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_what_is_one_tensor_in_every_tile_stays_one(together: bool) -> None:
     def differentiate(x: Any, state: Tensor) -> tuple[Tensor, StepDerivatives]:
-        return state, pair(shared, len(state))
+        return state, pair(together, len(state))
 
     state = torch.randn(5, 2)
     outputs, found = in_tiles(differentiate, state, state, 2)
     torch.testing.assert_close(outputs, state, rtol=0, atol=0)
-    (_, a), (_, b) = found.taps
-    assert isinstance(a, Tensor)
-    assert isinstance(b, Tensor)
-    assert a.shape == b.shape == (5, 2, 3)
-    assert (jacobian_key(a) == jacobian_key(b)) == shared
+    assert len(leaves(found.taps)) == (3 if together else 6)
+    assert all(len(leaf) == 5 for leaf in leaves(found.taps).values())
 
 
-def test_tiles_that_share_differently_are_refused() -> None:
+def test_tiles_that_share_differently_are_one() -> None:
+    sizes = []
+
     def differentiate(x: Any, state: Tensor) -> tuple[Tensor, StepDerivatives]:
+        sizes.append(len(state))
         return state, pair(bool(x[0, 0] > 0), len(state))
 
     x = torch.tensor([[1.0], [1.0], [-1.0]])
-    with pytest.raises(PlanMismatch, match="in some rows are not in others"):
-        in_tiles(differentiate, x, torch.randn(3, 2), 2)
+    _, found = in_tiles(differentiate, x, torch.randn(3, 2), 2)
+    assert sizes == [2, 1, 3]
+    assert all(len(leaf) == 3 for leaf in leaves(found.taps).values())
