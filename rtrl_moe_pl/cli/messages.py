@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from importlib import import_module
+
+from jsonargparse import ArgumentParser
 
 _TREE = re.compile(r'Parser key "|Does not validate against any of|is not accepted|unrecognized arg|not accept option')
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
@@ -93,14 +94,7 @@ def _readable(name: str) -> str:
 
 
 def _takes(class_path: str) -> str:
-    """Names of the arguments of a class, its bases' included where it hands arguments on."""
+    """Names of the arguments that a class can be configured with."""
     module, name = class_path.rsplit(".", 1)
-    found: dict[str, None] = {}
-    for owner in getattr(import_module(module), name).__mro__:
-        parameters = (
-            list(inspect.signature(owner.__init__).parameters.values())[1:] if "__init__" in vars(owner) else []
-        )
-        found |= {p.name: None for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
+    found = ArgumentParser().add_class_arguments(getattr(import_module(module), name), fail_untyped=False)
     return f"{name} takes {', '.join(found)}"

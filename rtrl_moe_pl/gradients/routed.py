@@ -147,7 +147,7 @@ class LazyExpertRTRL(BlockRTRL):
 
     def _require_room(self, cell: nn.Module, state: Tensor) -> None:
         kept, free = self._ring_bytes(len(state), state.shape[1], state.dtype), free_memory(state.device)
-        if kept > free:
+        if kept > free >= 2 * kept / self.ring:
             raise MemoryForecastError(
                 f"{self} keeps {readable(kept)} of the state's derivatives, but {readable(free)} are free: "
                 "set a smaller ring"

@@ -182,6 +182,8 @@ def test_bad_input() -> None:
         BlockRTRL(window=0)
     with pytest.raises(MemoryForecastError, match=r"ring=100000000, .* of the state's derivatives.*smaller ring"):
         LazyExpertRTRL(window=4, ring=100_000_000).init(moe, 1)
+    with pytest.raises(MemoryForecastError, match=r"influence matrix .* make the cell smaller, or use TBPTT"):
+        LazyExpertRTRL(window=4).init(RecurrentMoE(2, 4, 100_000, 4), 1)
 
     cell = Plain()
     for banks in (("bank", "banque"), ("bank", "gain")):
