@@ -9,7 +9,8 @@ and checkpoints are kept in lightning_logs/haystack_learning.
 *curriculum*: the shipped configurations, 64 to 2,048 tokens, every gap above twice the window of 16 steps. By default
 P is advanced less often than that (chunk), and a loss goes back through all steps since: the gradient is the same, but
 what lies less than a chunk back does not pass through P. *P after every window*: all that lies before a window does.
-*gap*: 192 tokens, every gap above twice the largest window, 64 steps; all algorithms on the same data.
+*gap*: 192 tokens, every gap above twice the largest window, 64 steps; all algorithms on the same data. A batch of BPTT is
+three of the others: whole sequences.
 *uniform*: 64 tokens, gaps from 2 to 61 steps: what truncated gradients learn from the values within their windows.
 *moe*: the mixture of experts, windows of 4 steps.
 Training ends when the last length is learned (99 %; all of 512 where there is one length alone), or with its epochs.
@@ -84,6 +85,7 @@ JOBS: dict[str, Job] = {
     "curriculum RTRL(16), influence held at zero": Job("haystack_rtrl", gradient(HELD, 16), tested=2048),
     f"curriculum RTRL(16), {ALONE}": Job("haystack_rtrl", ["--model.gradient.chunk", "16"], tested=2048),
     "gap RTRL(16)": Job("haystack_rtrl", GAP),
+    "gap RTRL(16), three times as long": Job("haystack_rtrl", fixed(192, 129, 60)),
     "gap BPTT": Job("haystack_rtrl", [*GAP, *WHOLE, *gradient("BPTT")]),
     **{f"gap TBPTT({k})": Job("haystack_rtrl", [*GAP, *gradient("TBPTT", k)]) for k in (16, 32, 64)},
     "gap RTRL(16), influence held at zero": Job("haystack_rtrl", [*GAP, *gradient(HELD, 16)]),
