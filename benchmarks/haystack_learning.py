@@ -9,8 +9,8 @@ and checkpoints are kept in lightning_logs/haystack_learning.
 *curriculum*: the shipped configurations, 64 to 2,048 tokens, every gap above twice the window of 16 steps. By default
 P is advanced less often than that (chunk), and a loss goes back through all steps since: the gradient is the same, but
 what lies less than a chunk back does not pass through P. *P after every window*: all that lies before a window does.
-*gap*: 192 tokens, every gap above twice the largest window, 64 steps; all algorithms on the same data. A batch of BPTT is
-three of the others: whole sequences.
+*gap*: 192 tokens, every gap above twice the largest window, 64 steps; all algorithms on the same data. A batch of BPTT
+holds whole sequences, that of the others a third of them.
 *uniform*: 64 tokens, gaps from 2 to 61 steps: what truncated gradients learn from the values within their windows.
 *moe*: the mixture of experts, windows of 4 steps.
 Training ends when the last length is learned (99 %; all of 512 where there is one length alone), or with its epochs.
