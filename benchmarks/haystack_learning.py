@@ -1,4 +1,4 @@
-"""What is learned from values hidden in long streams, and what truncated gradients miss. Three seeds of each.
+"""What is learned from values hidden in long streams, and what truncated gradients miss. Three seeds by default.
 
     OMP_NUM_THREADS=1 python -m benchmarks.haystack_learning              # what is not in the results yet; hours
     python -m benchmarks.haystack_learning --only "moe" --seeds 0 --parallel 2

@@ -57,7 +57,7 @@ def colour(run: str) -> str:
 
 def draw(rows: Rows, bias: Rows) -> None:
     """benchmarks/results/haystack_learning.png."""
-    figure, ((lengths, gap, moe), (uniform, cosine, long)) = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    figure, ((lengths, gap, moe), (cosine, long, uniform)) = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     _lengths(lengths, [row for row in rows if row["run"].startswith("curriculum")], "GRU of 16, windows of 16 steps")
     _lengths(moe, [row for row in rows if row["run"].startswith("moe")], "Mixture of experts, windows of 4 steps")
     _accuracy(gap, [row for row in rows if row["run"].startswith("gap")])
