@@ -219,7 +219,7 @@ def _usage(axes: Axes, chosen: Tensor) -> None:
     axes.barh(range(len(share)), share, color="tab:blue")
     axes.axvline(1 / len(share), color="0.4", linestyle="--")
     entropy = float(usage_entropy(counts))
-    axes.set_title(f"share (dashed: even); entropy {entropy:.0%} of largest, {unused} unused", fontsize=9)
+    axes.set_title(f"share (dashed: even), entropy {entropy:.0%}, {unused} unused", fontsize=8)
     axes.set_ylim(-0.5, len(share) - 0.5)
     axes.set_yticks(_ticks(len(share)))
 
