@@ -92,7 +92,7 @@ def _accuracy(axes: Axes, rows: Rows) -> None:
         axes.plot(steps, values, color=colour(name), linestyle=styles.get(name, "-"), label=label)
     axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
     axes.set(xlabel="optimizer steps", ylabel="accuracy", ylim=(0, 1.03), title="192 steps, gaps from 129")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.6, 0.9))
 
 
 def _uniform(axes: Axes, rows: Rows) -> None:
@@ -112,7 +112,7 @@ def _uniform(axes: Axes, rows: Rows) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
     axes.set(xlabel="window k", ylabel="accuracy", ylim=(0, 1.03), title="Trained on 64 steps, gaps from 2 to 61")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.5, 0.72))
 
 
 def _means(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
