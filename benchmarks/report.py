@@ -97,10 +97,9 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
 
 def facts(found: dict[str, Any]) -> str:
     machine, results = found["machine"], found["results"]
-    processor = (
-        "processors as given" if isinstance(results, list) and "processor" in results[0] else machine["processor"]
-    )
-    where = machine.get("gpu") or f"{processor}, {machine['threads']} thread(s)"
+    rows = results if isinstance(results, list) else []
+    processors = {row.get("processor", machine["processor"]): None for row in rows} or [machine["processor"]]
+    where = machine.get("gpu") or f"{' or '.join(processors)}, {machine['threads']} thread(s)"
     return f"{where}; torch {machine['torch']}, Python {machine['python']}."
 
 
