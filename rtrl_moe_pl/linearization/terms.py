@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization.cotangents import Cotangents
-from rtrl_moe_pl.linearization.derivatives import Jacobian, Key, jacobian_key
+from rtrl_moe_pl.linearization.derivatives import Jacobian, Key, jacobian_key, place
 from rtrl_moe_pl.linearization.experts import ExpertTerm, Uses
 from rtrl_moe_pl.linearization.taps import Tap
 from rtrl_moe_pl.linearization.window import Block, IndexTerm, Member, OuterTerm, Term
@@ -86,11 +86,11 @@ def _meet(
             inputs = inputs.movedim(2, 0).flatten(0, 1)
         uses = None
         if tap.experts is not None:
-            place = tap.experts.data_ptr(), tap.experts.shape, tap.experts.stride()
+            which = place(tap.experts)
             experts = tap.experts.reshape(steps, batch, copies).movedim(2, 0).flatten(0, 1)
             count = next(shapes[name][0] for name in (tap.weight, tap.bias) if name is not None and name in shapes)
-            uses = found.setdefault((place, count), Uses(experts, count))
-            key = (*key, "experts", place)
+            uses = found.setdefault((which, count), Uses(experts, count))
+            key = (*key, "experts", which)
         meetings.append(_Meeting(tap, key, cotangents, inputs, uses))
     return meetings
 

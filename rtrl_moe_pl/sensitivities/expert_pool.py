@@ -50,8 +50,9 @@ class ExpertPool:
         gone = rows[lanes[self.pair_of[rows] // self.block.experts]]
         self.row_of[self.pair_of[gone]] = -1
         self.pair_of[gone] = -1
-        rows = self.live()
-        self.used = int(rows[-1]) + 1 if len(rows) else 0
+        if len(gone):
+            kept = self.live()
+            self.used = int(kept[-1]) + 1 if len(kept) else 0
 
     def due(self, used: Iterable[Tensor], expired: int) -> Tensor:
         """Rows taken whose pair is among ``used``, or which cover no more than ``expired`` windows."""
