@@ -16,7 +16,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import rtrl_moe_pl.cells  # short class names in YAML are those of imported classes
 import rtrl_moe_pl.data
-import rtrl_moe_pl.gradients  # noqa: F401
+import rtrl_moe_pl.gradients
+import rtrl_moe_pl.reasoning  # noqa: F401
 from rtrl_moe_pl.cli.audit import audit
 from rtrl_moe_pl.cli.messages import one_line
 from rtrl_moe_pl.modules import ManualModule, SequenceModule
@@ -36,6 +37,7 @@ LINKS = (
     ("data.input_size", "model.init_args.cell.init_args.input_size"),
     ("data.output_size", "model.init_args.output_size"),
     ("data.output_size", "model.init_args.readout.init_args.output_size"),
+    ("data.shape", "model.init_args.shape"),
 )
 WITH_CHECKPOINT = ("fit", "validate", "test", "predict")
 

@@ -91,6 +91,9 @@ class SequenceDataModule(LightningDataModule):
         self._train_loader: StreamLoader | None = None
         self._restored: dict[str, Any] | None = None  # a loader's state, until there is a loader
 
+    def __str__(self) -> str:  # Lightning's own takes loaders of its kind alone
+        return f"{type(self).__name__}({self.task!r}, seed={self.seed}, batch_size={self.batch_size})"
+
     # ---- loaders
 
     @property

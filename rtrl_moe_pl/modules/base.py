@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, update
+from rtrl_moe_pl.training.averaging import resume_raw
 from rtrl_moe_pl.training.failure import first_bad
 from rtrl_moe_pl.training.strategy import PER_RANK, BroadcastStrategy, require_same_processes
 
@@ -86,8 +87,12 @@ class ManualModule(LightningModule):
         self._sums.clear()
         self._diagnosis = None
 
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The one optimizer of all parameters."""
+        return self.optimizer(self.parameters())
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.make_optimizer()
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -148,6 +153,12 @@ class ManualModule(LightningModule):
             f"last good checkpoint: {kept[-1] if kept else 'none'}"
         )
 
+    def logs_now(self) -> bool:
+        """Whether the loggers are written to after this batch; after the first batch all figures exist."""
+        trainer: Any = self.trainer  # attributes that its __init__ does not declare
+        done, every = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps
+        return done == 1 or bool(trainer.fast_dev_run) or (every > 0 and done % every == 0)
+
     # ---- checkpoints
 
     def carry_state(self) -> dict[str, Any] | None:
@@ -180,6 +191,8 @@ class ManualModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_architecture(checkpoint)
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            resume_raw(checkpoint, self.trainer)
         if fitting and PER_RANK in checkpoint:
             require_same_processes(checkpoint[PER_RANK], self.trainer.world_size)
             self._sums.load_state_dict(checkpoint[PER_RANK]["sums"])
@@ -189,20 +202,27 @@ class ManualModule(LightningModule):
         self._sums.to(self.device)
 
     def _architecture(self) -> dict[str, str]:
-        return {
-            name: type(child).__name__ for name, child in self.named_children() if any(True for _ in child.parameters())
-        }
+        """Classes of the parts, and what they say of themselves that the shapes of their parameters do not tell."""
+        found: dict[str, str] = {}
+        for name, child in self.named_children():
+            if any(True for _ in child.parameters()):
+                found[name] = type(child).__name__
+                options = getattr(child, "architecture", dict)()
+                found |= {f"{name}.{option}": str(value) for option, value in options.items()}
+        return found
 
-    def _check_architecture(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse, in one line, a checkpoint whose parameters are not this module's."""
+    def _check_architecture(self, checkpoint: Mapping[str, Any], part: str = "") -> None:
+        """Refuse, in one line, a checkpoint whose parameters (those whose name begins so) are not this module's."""
         here, there = self._architecture(), checkpoint.get(ARCHITECTURE, {})
         differing = [
             f"{name} is {there[name]} there and {here[name]} here"
             for name in here
-            if there.get(name, here[name]) != here[name]
+            if name.startswith(part) and there.get(name, here[name]) != here[name]
         ]
-        ours = {name: list(value.shape) for name, value in self.state_dict().items()}
-        saved = {name: list(value.shape) for name, value in checkpoint["state_dict"].items()}
+        ours, saved = (
+            {name: list(value.shape) for name, value in state.items() if name.startswith(part)}
+            for state in (self.state_dict(), checkpoint["state_dict"])
+        )
         differing += [
             f"{name} is {saved.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
             for name in sorted(ours.keys() | saved.keys())

@@ -19,18 +19,13 @@ def correct(outputs: Tensor, labels: Tensor) -> Tensor:
     return (outputs.argmax(-1) == labels).to(outputs.dtype)
 
 
-class TrainingFigures:
-    """Loss, accuracy and speed of the batches since they were last read: this process's, not those of all ranks."""
+class Stopwatch:
+    """Seconds since it was cleared, but for pauses."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self._loss: Tensor | float = 0.0
-        self._correct: Tensor | float = 0.0
-        self._weight: Tensor | float = 0.0
-        self._tokens = 0
-        self._used: Routing | None = None
         self._began = time.perf_counter()
 
     def pause(self) -> None:
@@ -39,6 +34,21 @@ class TrainingFigures:
 
     def resume(self) -> None:
         self._began += time.perf_counter() - self._paused
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._began
+
+
+class TrainingFigures(Stopwatch):
+    """Loss, accuracy and speed of the batches since they were last read: this process's, not those of all ranks."""
+
+    def clear(self) -> None:
+        super().clear()
+        self._loss: Tensor | float = 0.0
+        self._correct: Tensor | float = 0.0
+        self._weight: Tensor | float = 0.0
+        self._tokens = 0
+        self._used: Routing | None = None
 
     def add(self, result: WindowResult, targets: tuple[Tensor, ...], weight: Tensor) -> None:
         labels, weights = targets
@@ -53,7 +63,7 @@ class TrainingFigures:
 
     def read(self) -> dict[str, Any]:
         """Figures by tag; loss and accuracy, means per weight, are missing if there was no weight."""
-        figures: dict[str, Any] = {"train/tokens_per_second": self._tokens / (time.perf_counter() - self._began)}
+        figures: dict[str, Any] = {"train/tokens_per_second": self._tokens / self.elapsed()}
         weight = float(self._weight)
         if weight > 0:
             figures["train/loss"] = float(self._loss) / weight

@@ -1,5 +1,5 @@
 """Counter-based random numbers: pure functions of (seed, counters), identical on every device."""
 
-from rtrl_moe_pl.randomness.counter import bits, integers, uniform
+from rtrl_moe_pl.randomness.counter import bits, integers, normal, uniform
 
-__all__ = ["bits", "integers", "uniform"]
+__all__ = ["bits", "integers", "normal", "uniform"]

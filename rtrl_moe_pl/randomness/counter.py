@@ -93,6 +93,24 @@ def uniform(seed: int, *counters: int | Tensor, dtype: torch.dtype = torch.float
     return _shift_right(bits(seed, *counters), 64 - kept).to(dtype).mul_(2.0**-kept)
 
 
+def normal(seed: int, *counters: int | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers, by the inverse of their distribution function.
+
+    Args:
+        seed, counters: see `bits`.
+        dtype: torch.float32 or torch.float64.
+
+    Returns:
+        Tensor of the counters' broadcast shape; between -5.5 and 5.3 (float32) or -8.3 and 8.3 (float64). Unlike the
+        integers behind them, they agree between CPU and GPU to rounding only.
+
+    Raises:
+        ValueError: for another dtype.
+    """
+    half = 2.0 ** (-25 if dtype == torch.float32 else -54)  # from the lower end of each step to its middle: never 0
+    return torch.special.ndtri(uniform(seed, *counters, dtype=dtype).add_(half).clamp_(max=1 - 2 * half))
+
+
 def integers(seed: int, *counters: int | Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
     """Uniform integers in [low, high).
 

@@ -10,19 +10,19 @@ from pathlib import Path
 import torch
 
 
-def require_readable(path: Path) -> None:
+def require_readable(path: Path, option: str = "--ckpt_path") -> None:
     """Raise ValueError or FileNotFoundError, in one line, unless the file is a complete Lightning checkpoint."""
     if not path.is_file():
-        raise FileNotFoundError(f"--ckpt_path: there is no file {path}")
+        raise FileNotFoundError(f"{option}: there is no file {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         damaged = None if zipfile.ZipFile(path).testzip() is None else "its checksum is wrong"
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--ckpt_path: {path} is truncated or corrupt ({type(error).__name__})") from error
+        raise ValueError(f"{option}: {path} is truncated or corrupt ({type(error).__name__})") from error
     if damaged is None and not (isinstance(checkpoint, dict) and "state_dict" in checkpoint):
         damaged = "it holds no state_dict"
     if damaged:
-        raise ValueError(f"--ckpt_path: {path} is truncated or corrupt ({damaged})")
+        raise ValueError(f"{option}: {path} is truncated or corrupt ({damaged})")
 
 
 def newest_readable(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtrl_moe_pl.randomness import bits, integers, uniform
+from rtrl_moe_pl.randomness import bits, integers, normal, uniform
 
 MASK = (1 << 64) - 1
 # First outputs of the published splitmix64.c from state 0 and from state 1234567.
@@ -172,3 +172,23 @@ def test_impossible_range_is_refused(low: int, high: int):
 def test_other_dtypes_are_refused():
     with pytest.raises(ValueError, match="float32 or float64, got dtype"):
         uniform(0, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normal_numbers_are_standard_and_finite(dtype: torch.dtype) -> None:
+    x = normal(3, torch.arange(400_000), dtype=dtype)
+    assert x.dtype == dtype
+    assert torch.isfinite(x).all()
+    assert abs(x.mean()) < 0.01
+    assert abs(x.std() - 1) < 0.01
+    for bound, share in ((1.0, 0.8413), (2.0, 0.9772)):
+        assert abs((x < bound).double().mean() - share) < 0.003
+    assert torch.equal(x[:7], normal(3, torch.arange(7), dtype=dtype))
+    assert not torch.equal(x[:7], normal(4, torch.arange(7), dtype=dtype))
+
+
+def test_the_ends_of_the_unit_interval_give_finite_normal_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As likely as one draw in sixteen million, so given by hand."""
+    ends = torch.tensor([0.0, 1 - 2.0**-24])
+    monkeypatch.setattr("rtrl_moe_pl.randomness.counter.uniform", lambda *_, dtype: ends.clone())
+    assert normal(0, 0).tolist() == pytest.approx([-5.42, 5.29], abs=0.01)

@@ -1,0 +1,103 @@
+"""What a supervision step says about training: figures to log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtrl_moe_pl.modules.figures import Stopwatch
+from rtrl_moe_pl.reasoning.etrm import Supervision
+from rtrl_moe_pl.reasoning.losses import StepLoss
+from rtrl_moe_pl.tasks.puzzles import IGNORED
+
+_PER_ROW = ("loss", "answer_loss", "q_halt_loss", "kl", "gradient_coverage")
+_AT_HALT = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")
+
+
+class ReasoningFigures(Stopwatch):
+    """Sums over the supervision steps since they were last read: this process's, not those of all ranks.
+
+    Losses and gradient coverage are means over all lanes; accuracies and steps over the puzzles that lanes were done
+    with.
+    """
+
+    def clear(self) -> None:
+        super().clear()
+        self._rows: Tensor | float = 0.0  # [loss, .., number of rows]
+        self._halts: Tensor | float = 0.0  # [accuracy, .., number of halts]
+        self._steps: list[Tensor] = []
+
+    def add(self, made: Supervision, loss: StepLoss, total: Tensor, reached: Tensor, halted: Tensor) -> None:
+        """Add a step.
+
+        Args:
+            made: what the step made.
+            loss: of each row.
+            total: loss summed over rows.
+            reached: how many rows' loss reached the encoder, 0-dim.
+            halted: [B] bool, which lanes are done after it.
+        """
+        puzzles, answer, steps = made.carry.puzzles, made.answer, made.carry.steps
+        asked = puzzles.labels != IGNORED
+        valid = asked.any(-1)
+        kl = made.encoding.kl
+        rows = (total, loss.answer.sum(), loss.halt.sum(), total.new_zeros(()) if kl is None else kl.sum(), reached)
+        right = (answer.logits.argmax(-1) == puzzles.labels) & asked
+        share = right.sum(-1) / asked.sum(-1).clamp(min=1)
+        done = halted & valid
+        by_row = (share, loss.correct, (answer.halt >= 0) == loss.correct, steps)
+        with torch.no_grad():
+            self._rows = self._rows + torch.stack([*rows, valid.sum()]).double()
+            self._halts = self._halts + torch.stack([*((v * done).sum() for v in by_row), done.sum()]).double()
+        self._steps.append(steps[done])
+
+    def read(self) -> tuple[dict[str, float], Tensor]:
+        """Figures by tag, and the steps [n] of all puzzles that lanes were done with; forgets them.
+
+        Figures that nothing was counted for are missing.
+        """
+        figures: dict[str, float] = {}
+        for names, sums in ((_PER_ROW, self._rows), (_AT_HALT, self._halts)):
+            if isinstance(sums, Tensor):
+                *values, count = sums.tolist()
+                if count:
+                    figures |= {f"train/{name}": value / count for name, value in zip(names, values, strict=True)}
+        steps = torch.cat(self._steps) if self._steps else torch.zeros(0)
+        figures["train/puzzles_per_second"] = len(steps) / self.elapsed()
+        self.clear()
+        return figures, steps
+
+
+@torch.no_grad()
+def context_figures(context: Tensor, identity: Tensor) -> dict[str, Any]:
+    """Statistics of what an encoder put out: whether it collapses.
+
+    Args:
+        context: [B, prefix, D].
+        identity: [B], which rule each row follows.
+
+    Returns:
+        mean, standard deviation, norm of a row, variance across rows, and variance across the rows of one rule; each a
+        mean over positions and channels.
+    """
+    flat = context.flatten(1)
+    rules, group = identity.unique(return_inverse=True)
+    size = torch.bincount(group)
+    centre = flat.new_zeros(len(rules), flat.shape[1]).index_add(0, group, flat) / size[:, None]
+    several = size[group] > 1
+    within = (flat - centre[group])[several].square().mean() if bool(several.any()) else flat.new_zeros(())
+    return {
+        "train/context_mean": flat.mean(),
+        "train/context_std": flat.std(),
+        "train/context_norm": flat.norm(dim=1).mean(),
+        "train/context_cross_sample_variance": flat.var(0, unbiased=False).mean(),
+        "train/context_within_group_variance": within,
+    }
+
+
+def norm(grads: dict[str, Tensor], part: str) -> Tensor:
+    """L2 norm of the gradients of one part of a module."""
+    chosen = [grad for name, grad in grads.items() if name.startswith(part)]
+    return torch.nn.utils.get_total_norm(chosen) if chosen else torch.zeros(())
