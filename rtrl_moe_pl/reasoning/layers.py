@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 EPSILON = 1e-5  # of RMSNorm
@@ -44,8 +46,33 @@ class SwiGLU(nn.Module):
         self.down = linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., width] -> [.., width]
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(functional.silu(gate) * up)
+        return _GatedDown.apply(self.gate_up(x), self.down.weight)
+
+
+class _GatedDown(torch.autograd.Function):
+    """W (silu(gate) * up) of [gate, up] [.., 2 h] and W [width, h].
+
+    Autograd would keep silu(gate) and the product as well, half of a block's memory; they are cheap to make again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        gate, up = gate_up.chunk(2, -1)
+        return functional.linear(functional.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, weight = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        sigmoid = gate.sigmoid()
+        gated = gate * sigmoid
+        of_weight = grad.flatten(0, -2).T @ (gated * up).flatten(0, -2)
+        of_hidden = grad @ weight
+        # silu' = sigmoid (1 + gate (1 - sigmoid)) = sigmoid + silu (1 - sigmoid)
+        slope = torch.addcmul(sigmoid, gated, 1 - sigmoid).mul_(up)
+        return torch.cat([slope.mul_(of_hidden), of_hidden.mul_(gated)], -1), of_weight
 
 
 class Rotary(nn.Module):

@@ -232,6 +232,8 @@ parts = (torch.arange(40), None) if empty else (torch.arange(25), torch.arange(2
 mine = parts[rank]
 evaluator = ArcEvaluator(puzzles) if mine is None else halves(puzzles, mine)[0]
 print(figures(evaluator), sorted(evaluator.submission().items()))
+dist.barrier()
+dist.destroy_process_group()  # else a process may be ended by its own threads
 """
 
 

@@ -75,3 +75,23 @@ def test_widths_that_heads_cannot_share_are_refused(width: int, heads: int) -> N
 def test_rotary_positions_need_an_even_width_per_head() -> None:
     with pytest.raises(ValueError, match=r"^rotary positions need an even width per head, got 3"):
         Rotary(3, 5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 6), (4, 6)])
+def test_swiglu_is_its_formula_in_value_and_gradient(shape: tuple[int, ...]) -> None:
+    layer, x = SwiGLU(6, 0.5).double(), torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    gate, up = layer.gate_up(x).chunk(2, -1)
+    plain = layer.down(functional.silu(gate) * up)
+    found = layer(x)
+    assert torch.allclose(found, plain)
+    seed, wanted = torch.randn_like(plain), [x, layer.gate_up.weight, layer.down.weight]
+    for one, two in zip(*(torch.autograd.grad(y, wanted, seed) for y in (found, plain)), strict=True):
+        assert torch.allclose(one, two)
+
+
+def test_swiglu_keeps_one_hidden_tensor_alone() -> None:
+    kept: list[int] = []
+    layer, x = SwiGLU(6, 0.5), torch.randn(2, 6)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        layer(x)
+    assert sum(size for size in kept if size == 2 * 2 * layer.down.in_features) == 2 * 2 * layer.down.in_features
