@@ -6,7 +6,8 @@
 Width 128, 2 layers, 4 heads, grids of 9 x 9 cells, batches of 32, prefix 16, 3 x 6 cycles, AdamW. A step renews lanes
 that have halted, encodes, thinks for one supervision step, and updates. Lanes are spread evenly over 16 steps of
 thinking, so that two of 32 have just begun. ETRM has three demonstrations a puzzle. *of sgemm*: floating-point
-operations of the model's matrix products over what a large matrix product would have done in that time, in this process.
+operations of the model's matrix products, attention's left out, over what a large matrix product does in that time, in
+the same process.
 """
 
 from __future__ import annotations
@@ -146,8 +147,10 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in results:
-        known = [f"{row['parameters']:,}", f"{row['gflop']:.0f}", f"{row['of_sgemm']:.0%}", f"{row['peak_MiB']}"]
-        parameters, flops, share, peak = known if "gflop" in row else ["", "", "", ""]
+        parameters = flops = share = peak = ""
+        if "gflop" in row:
+            parameters, peak = f"{row['parameters']:,}", str(row["peak_MiB"])
+            flops, share = f"{row['gflop']:.0f}", f"{row['of_sgemm']:.0%}"
         times = f"{row['seconds']:.2f} ({row['least']:.2f} to {row['most']:.2f})"
         lines.append(f"| {row['case']} | {parameters} | {times} | {flops} | {share} | {peak} |")
     return "\n".join(lines)

@@ -13,9 +13,9 @@ Train recurrent networks with exact online gradients.
 
 commands:
   fit        train; logs and checkpoints go to lightning_logs/version_N
-  validate   evaluate on the validation sets: the trained lengths, 2x and 4x
+  validate   evaluate on the validation sets
   test       evaluate on the test sets
-  predict    write predictions.csv
+  predict    write predictions; --data.puzzle FILE answers puzzles of a JSON file
   audit      compare the configured gradient with BPTT in float64
 
 options:
@@ -33,6 +33,7 @@ examples:
   python -m rtrl_moe_pl fit --config configs/recall_rtrl.yaml --ckpt_path last --trainer.max_steps 2000
   python -m rtrl_moe_pl validate --config configs/anbn_rtrl.yaml --ckpt_path last
   python -m rtrl_moe_pl audit --config configs/anbn_rtrl.yaml
+  python -m rtrl_moe_pl predict --config configs/etrm_color_rules.yaml --ckpt_path last --data.puzzle puzzle.json
 """
 
 

@@ -27,6 +27,12 @@ PROMISED = {
     "haystack_moe_rtrl",
     "haystack_moe_lazy",
     "anbn_moe_rtrl",
+    "etrm_color_rules",
+    "etrm_arc",
+    "trm_sudoku",
+    "trm_maze",
+    "trm_sudoku9",
+    "etrm_flips",
 }
 
 
@@ -62,10 +68,13 @@ def test_is_short_and_complete(name: str) -> None:
     else:
         assert steps % config["data"]["init_args"]["batches_per_epoch"] == 0  # the last step is validated
     if steps and schedule:
-        assert schedule["init_args"]["total_steps"] == steps + 1
+        assert schedule["init_args"]["total_steps"] == steps + (schedule["class_path"] == "OneCycleLR")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_bptt")])
+SEQUENCES = [name for name in NAMES if load(name)["model"]["class_path"] == "SequenceModule"]
+
+
+@pytest.mark.parametrize("name", [name for name in SEQUENCES if not name.endswith("_bptt")])
 def test_audit(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--data.length", "64"] if name == "haystack_1m" else []
     audit = ["audit", "--config", str(CONFIGS / f"{name}.yaml"), "--steps", "70", "--data.batch_size", "2", *short]

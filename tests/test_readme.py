@@ -12,7 +12,9 @@ from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.gradients import TBPTT
 
 ROOT = Path(__file__).parent.parent
-README, ROUTED = (ROOT / "README.md").read_text(), (ROOT / "docs/routed_cells.md").read_text()
+README, ROUTED, REASONING = (
+    (ROOT / page).read_text() for page in ("README.md", "docs/routed_cells.md", "docs/reasoning.md")
+)
 
 
 def blocks(text: str, language: str = "python") -> list[str]:
@@ -65,6 +67,14 @@ def test_own_routed_cell() -> None:
         assert_exact({**names, "exact": truncated})
 
 
+@pytest.mark.filterwarnings("ignore:.*GPU available")
+def test_own_encoder() -> None:
+    [block] = blocks(REASONING)
+    names = run(block)
+    assert names["model"].global_step == 4
+    assert names["thoughts"].predictions.shape == (4, 3, 16)
+
+
 def test_options_of_the_mixture_of_experts(tmp_path: Path) -> None:
     [block] = blocks(ROUTED, "yaml")
     (tmp_path / "mine.yaml").write_text(block)
@@ -81,5 +91,5 @@ def test_every_file_named_exists() -> None:
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), (page, target)
-    for name in re.findall(r"configs/(\w+)\.yaml", README + ROUTED):
+    for name in re.findall(r"configs/(\w+)\.yaml", README + ROUTED + REASONING):
         assert (ROOT / "configs" / f"{name}.yaml").exists(), name

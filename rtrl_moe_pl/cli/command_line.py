@@ -20,8 +20,9 @@ import rtrl_moe_pl.gradients
 import rtrl_moe_pl.reasoning  # noqa: F401
 from rtrl_moe_pl.cli.audit import audit
 from rtrl_moe_pl.cli.messages import one_line
-from rtrl_moe_pl.modules import ManualModule, SequenceModule
+from rtrl_moe_pl.modules import ManualModule, ReasoningModule, SequenceModule
 from rtrl_moe_pl.modules.base import refuse_float16
+from rtrl_moe_pl.modules.puzzle_writer import PuzzleWriter
 from rtrl_moe_pl.training.callbacks import Bar, LastCheckpoint, PredictionWriter
 from rtrl_moe_pl.training.checkpoints import newest_readable, require_readable, require_writable
 
@@ -154,7 +155,7 @@ class CommandLine(LightningCLI):
         if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(Bar(refresh_rate=10))  # the same bar in every environment
         if self.config.subcommand == "predict":
-            callbacks.append(PredictionWriter())
+            callbacks.append(PuzzleWriter() if isinstance(self.model, ReasoningModule) else PredictionWriter())
         if config.trainer.strategy == "auto" and count_processes(config.trainer) > 1:
             kwargs["strategy"] = "broadcast"
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from typing import Any, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
+from torch import nn
 
 _TREE = re.compile(r'Parser key "|Does not validate against any of|is not accepted|unrecognized arg|not accept option')
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
+_OF_CALLABLE = re.compile(r"Type \S.* expects a function or a callable class: ")
+_WHOLE = re.compile(r"\. Got value: Namespace\(class_path=.*")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':|.*Got value: Namespace\(class_path='([^']+)'")
 _NOISE = re.compile(
     r"Does not validate against any of|Subtypes: |Errors:|Given value type: |Expected (?:a )?<class 'NoneType'>|"
@@ -35,7 +41,7 @@ def one_line(error: BaseException) -> str:
     The parser's own messages are trees, with a branch for every type a value was tried as: the first branch is the
     one that was meant.
     """
-    text = str(error).strip()
+    text = _OF_CALLABLE.sub("", str(error).strip())
     if not text:
         return type(error).__name__
     if found := _NO_YAML.match(text):
@@ -58,6 +64,7 @@ def one_line(error: BaseException) -> str:
         if found := _CLASS.match(line):
             other = bool(causes)  # the next branch of a union
             owner = owner if other else found[1] or found[2]
+        line = _WHOLE.sub("", line)
         if found := _GIVEN.match(line):
             given = found[1] or found[2]
             break
@@ -75,14 +82,18 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
         if _NO_CLASS_GIVEN.match(cause):
             return f"{path}: needs the name of a class, or class_path and init_args and no other key, got {given}"
         if _NO_OBJECT.match(cause):
-            return f"{path}: cannot import {owner}: {cause}"
+            cause, _, name = cause.partition(". Got value: ")
+            return f"{path}: cannot import {name or owner}: {cause}"
         if missing := _REQUIRED.match(cause):
             return f"{path}: {missing[1]} is missing" + (f": {_takes(owner)}" if owner else "")
         if unknown := _UNKNOWN.search(cause):
             key = ".".join(filter(None, [path, unknown[1] or unknown[2] or unknown[3]]))
             return f"unknown key {key}" + (f": {_takes(owner)}" if owner else "")
         if missing := _NO_CLASS.search(cause):
-            return f"{path}: there is no class {missing[1]}: give the name of an imported one, or its full path"
+            if expected:  # a class would have done, too
+                continue
+            names = _imported(owner, path.rsplit(".", 1)[-1]) or "the name of an imported one"
+            return f"{path}: there is no class {missing[1]} for it: give {names}, or the full path of another"
         return ": ".join(filter(None, [path, cause]))  # a class's own words
     types = " or ".join(_readable(found[1] or found[2]) for found in expected)
     return f"{path}: needs {types}, got {expected[0][3] or given}" if expected else path
@@ -98,3 +109,31 @@ def _takes(class_path: str) -> str:
     module, name = class_path.rsplit(".", 1)
     found = ArgumentParser().add_class_arguments(getattr(import_module(module), name), fail_untyped=False)
     return f"{name} takes {', '.join(found)}"
+
+
+def _imported(owner: str | None, key: str) -> str:
+    """Names of the classes that an argument of a class takes; "" if they are not known, or any module will do."""
+    if owner is None:
+        return ""
+    module, name = owner.rsplit(".", 1)
+    try:
+        hint = get_type_hints(getattr(import_module(module), name).__init__).get(key)
+    except NameError:  # imported for type checkers alone
+        return ""
+    return ", ".join(sorted({found.__name__ for base in _bases(hint) for found in _concrete(base)}))
+
+
+def _bases(hint: Any) -> list[type]:
+    """The classes of a type hint: for a callable, of what it returns."""
+    if isinstance(hint, type):
+        return [hint] if hint not in (nn.Module, type(None)) else []
+    parts = get_args(hint)[-1:] if get_origin(hint) is Callable else get_args(hint)
+    return [base for part in parts for base in _bases(part)]
+
+
+def _concrete(base: type) -> Iterator[type]:
+    """Subclasses of a class, and itself, that can be made."""
+    if not inspect.isabstract(base) and not base.__name__.startswith("_"):
+        yield base
+    for derived in base.__subclasses__():
+        yield from _concrete(derived)

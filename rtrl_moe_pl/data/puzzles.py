@@ -12,8 +12,10 @@ from torch import Tensor
 
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.randomness import bits
-from rtrl_moe_pl.tasks.puzzles import Puzzles, PuzzleShape, PuzzleTask
+from rtrl_moe_pl.tasks.puzzles import Puzzles, PuzzleShape, PuzzleTask, read_questions
+from rtrl_moe_pl.tasks.puzzles.arc_files import FORM
 
+QUESTIONS = "questions"  # the set that a file holds
 _OF_ENDLESS = 512  # puzzles of an evaluation set that has no end
 _EVALUATION = 3  # the seed of evaluation sets is drawn from (seed, this)
 
@@ -128,15 +130,15 @@ class PuzzleDataModule(LightningDataModule):
         batches_per_epoch: supervision steps per epoch; lanes go on from epoch to epoch.
         validation_size: puzzles per evaluation set, over all processes; None: 512 of an endless one, all of another.
         validation_batch_size: puzzles per evaluation batch and process.
-        puzzle: JSON file to be answered by ``predict``: {"train": [{"input": grid, "output": grid}, ..], "test":
-            [{"input": grid}, ..]}, grids as lists of rows of colours 0 to 9; None: the task's first evaluation set.
+        puzzle: JSON file to be answered by ``predict``, see `read_questions`; None: the task's first evaluation set.
 
     Attributes:
         shape: sizes of the puzzles, for the model.
         validation_names: one per evaluation loader.
 
     Raises:
-        TypeError, ValueError: for an option out of range, naming it.
+        TypeError, ValueError: for an option out of range, naming it; for a file of no puzzle.
+        FileNotFoundError: if there is no such file.
     """
 
     def __init__(
@@ -156,7 +158,9 @@ class PuzzleDataModule(LightningDataModule):
         self.batches_per_epoch = at_least(1, "batches_per_epoch", batches_per_epoch)
         self.validation_size = None if validation_size is None else at_least(1, "validation_size", validation_size)
         self.validation_batch_size = at_least(1, "validation_batch_size", validation_batch_size)
-        self.puzzle = None if puzzle is None else Path(puzzle)
+        if puzzle is not None and not Path(puzzle).is_file():
+            raise FileNotFoundError(f"data.puzzle: there is no file {puzzle}: name a JSON file, {FORM}")
+        self.questions = None if puzzle is None else read_questions(puzzle, task)  # refused now or never
 
     @property
     def shape(self) -> PuzzleShape:
@@ -188,7 +192,10 @@ class PuzzleDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> _EvaluationLoader:
-        """The first evaluation set."""
+        """The puzzles of the file, shared out between the ranks, or the first evaluation set."""
+        if self.questions is not None:
+            count = len(self.questions.inputs)
+            return _EvaluationLoader(QUESTIONS, count, self.validation_batch_size, *self._process)
         return self._evaluation_loader(self.validation_names[0])
 
     def _evaluation_loader(self, split: str) -> _EvaluationLoader:
@@ -210,4 +217,8 @@ class PuzzleDataModule(LightningDataModule):
             module = None if self.trainer is None else self.trainer.lightning_module
             device = "cpu" if module is None else module.device
             return PuzzleStream(self.task, self.seed, self.batch_size, *self._process, device=device)
+        if batch.split == QUESTIONS:
+            assert self.questions is not None
+            rows = self.questions.rows(batch.index.cpu())
+            return PuzzleBatch(batch.index, Puzzles(*(part.to(batch.index.device) for part in rows)))
         return PuzzleBatch(batch.index, self.task.draw(batch.split, self.evaluation_seed, batch.index))

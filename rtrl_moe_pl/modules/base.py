@@ -20,6 +20,7 @@ from rtrl_moe_pl.training.failure import first_bad
 from rtrl_moe_pl.training.strategy import PER_RANK, BroadcastStrategy, require_same_processes
 
 ARCHITECTURE = "rtrl_moe_pl_architecture"
+NAMED = 4  # differences that an error names
 
 
 class ManualModule(LightningModule):
@@ -189,7 +190,7 @@ class ManualModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check_architecture(checkpoint)
+        self.check_architecture(checkpoint)
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting:
             resume_raw(checkpoint, self.trainer)
@@ -211,7 +212,7 @@ class ManualModule(LightningModule):
                 found |= {f"{name}.{option}": str(value) for option, value in options.items()}
         return found
 
-    def _check_architecture(self, checkpoint: Mapping[str, Any], part: str = "") -> None:
+    def check_architecture(self, checkpoint: Mapping[str, Any], part: str = "") -> None:
         """Refuse, in one line, a checkpoint whose parameters (those whose name begins so) are not this module's."""
         here, there = self._architecture(), checkpoint.get(ARCHITECTURE, {})
         differing = [
@@ -229,8 +230,10 @@ class ManualModule(LightningModule):
             if ours.get(name) != saved.get(name)
         ]
         if differing:
+            more = f", and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
             raise ValueError(
-                f"the checkpoint is of another architecture: {differing[0]}; use the model it was made with"
+                f"the checkpoint is of another architecture: {', '.join(differing[:NAMED])}{more}; use the model "
+                "it was made with"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from lightning.pytorch.callbacks import Callback
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.data.puzzles import PuzzleBatch, PuzzleDataModule
 from rtrl_moe_pl.reasoning.etrm import Thoughts
+from rtrl_moe_pl.reasoning.metrics import Curves
 from rtrl_moe_pl.tasks.puzzles import IGNORED, Puzzles, PuzzleShape
 from rtrl_moe_pl.tasks.puzzles.colors import Look, is_bright
 from rtrl_moe_pl.tasks.puzzles.grids import PAD
@@ -39,7 +42,8 @@ def puzzle_figure(
     for axes in panels.flat:
         axes.axis("off")
     for i, name in enumerate(names):
-        row, thought = puzzles.rows(torch.tensor([i])), Thoughts(thoughts.predictions[:, i], thoughts.halt[:, i])
+        one = torch.tensor([i])
+        row, thought = puzzles.rows(one), thoughts.rows(one)
         known = bool(row.valid)
         grids = [
             (f"{what} {k + 1}", side[0, k])
@@ -56,11 +60,11 @@ def puzzle_figure(
         )
         asked = row.labels[0] != IGNORED
         for step in range(steps):
-            tokens = thought.predictions[step]
+            tokens = thought.predictions[step, 0]
             right = bool(((tokens == row.labels[0]) | ~asked).all())
             frame = ("tab:green" if right else "tab:red") if known else "grey"
             tokens = tokens.masked_fill(~asked, PAD) if known else tokens
-            text = f"step {step + 1}, q {float(thought.halt[step]):.1f}"
+            text = f"step {step + 1}, q {float(thought.halt[step, 0]):.1f}"
             _draw(panels[2 * i + 1, step], tokens.view(shape.height, shape.width), look, text, frame)
     return figure
 
@@ -92,14 +96,31 @@ def cropped(grid: Tensor) -> Tensor:
     return grid[: int(there.any(1).nonzero()[-1]) + 1, : int(there.any(0).nonzero()[-1]) + 1]
 
 
-class PuzzlePicture(Callback):
-    """Draws the first puzzles of every evaluation set after every validation and test.
+def steps_figure(curves: Mapping[str, Curves], title: str) -> Figure:
+    """Accuracy of the answer at every supervision step, and the share of puzzles that halt there, of every set."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, (exact, halted)) in enumerate(curves.items()):
+        width, share = 0.8 / len(curves), halted / max(1, int(halted.sum()))
+        place = torch.arange(1, len(share) + 1) + (i - (len(curves) - 1) / 2) * width
+        axes.bar(place.tolist(), share.tolist(), width, color=f"C{i}", alpha=0.3)
+        axes.plot(range(1, len(exact) + 1), exact.tolist(), color=f"C{i}", marker="o", markersize=3, label=name)
+    axes.set(xlabel="supervision step", ylabel="exact accuracy (bars: puzzles that halt)", ylim=(-0.02, 1.03))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title, fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
 
-    The figure goes to loggers that take figures (TensorBoard) as ``val/SET_puzzles``, and beside the logs as
-    ``val_SET_puzzles.png``, over the one before. Nothing is drawn in sanity checks and under ``fast_dev_run``.
+
+class PuzzlePicture(Callback):
+    """Draws the first puzzles of every evaluation set, and accuracy by supervision step, after validation and test.
+
+    Figures go to loggers that take them (TensorBoard) as ``val/SET_puzzles`` and ``val/by_step``, and beside the logs
+    as ``val_SET_puzzles.png`` and ``val_by_step.png``, over those before. Nothing is drawn in sanity checks and under
+    ``fast_dev_run``.
 
     Args:
-        puzzles: how many of each set, at least 1.
+        puzzles: how many of each set, at least 1; no more than there are in its first batch.
 
     Cost: about half a second a figure.
     """
@@ -130,18 +151,18 @@ class PuzzlePicture(Callback):
         if dataloader_idx not in self._drawn:
             rows = torch.arange(min(self.puzzles, len(batch.index)))
             puzzles = Puzzles(*(tensor[rows].cpu() for tensor in batch.puzzles))
-            thoughts = Thoughts(outputs.predictions[:, rows].cpu(), outputs.halt[:, rows].cpu())
+            thoughts = outputs.rows(rows).cpu()
             self._drawn[dataloader_idx] = puzzles, thoughts, [f"puzzle {i}" for i in batch.index[rows].tolist()]
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(trainer, "val")
+        self._show(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(trainer, "test")
+        self._show(trainer, pl_module, "test")
 
-    def _show(self, trainer: Trainer, stage: str) -> None:
+    def _show(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder, data = picture_folder(trainer), trainer.datamodule  # type: ignore[attr-defined]
@@ -152,3 +173,6 @@ class PuzzlePicture(Callback):
             title = f"{name} {when(trainer)}"
             figure = puzzle_figure(puzzles, thoughts, data.shape, data.task.look, names, title)
             show(figure, trainer, folder, stage, f"{name}_puzzles", dpi=110)
+        curves: Any = getattr(module, "curves", None)
+        if curves:
+            show(steps_figure(curves, when(trainer)), trainer, folder, stage, "by_step", dpi=110)

@@ -14,19 +14,20 @@ from torch import Tensor, nn
 
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.data.puzzles import PuzzleBatch, PuzzleStream
-from rtrl_moe_pl.modules.base import ARCHITECTURE, ManualModule
-from rtrl_moe_pl.modules.reasoning_figures import ReasoningFigures, context_figures, norm
+from rtrl_moe_pl.modules.base import ManualModule
+from rtrl_moe_pl.modules.pretrained import load_pretrained
+from rtrl_moe_pl.modules.reasoning_figures import ReasoningFigures, context_figures, grad_norms
 from rtrl_moe_pl.reasoning.carry import Carry, Halting
 from rtrl_moe_pl.reasoning.encoders import Encoder, PuzzleEmbedding
 from rtrl_moe_pl.reasoning.etrm import Mode, Supervision, Thoughts, supervise, think
 from rtrl_moe_pl.reasoning.losses import ReasoningLoss
-from rtrl_moe_pl.reasoning.metrics import PuzzleMetrics
+from rtrl_moe_pl.reasoning.metrics import Curves, PuzzleMetrics
 from rtrl_moe_pl.reasoning.trm import TRM
 from rtrl_moe_pl.tasks.base import one_of
 from rtrl_moe_pl.tasks.puzzles import Puzzles, PuzzleShape
 from rtrl_moe_pl.training import CombinedOptimizer
-from rtrl_moe_pl.training.checkpoints import require_readable
 from rtrl_moe_pl.training.failure import first_bad
+from rtrl_moe_pl.training.pictures import log_histogram
 
 
 class ReasoningModule(ManualModule):
@@ -50,8 +51,8 @@ class ReasoningModule(ManualModule):
         evaluation_steps: numbers of supervision steps to evaluate at, beside the other ways of stopping.
         encoder_lr: learning rate of the encoder; None: the optimizer's own.
         embedding_optimizer: of the table of a `PuzzleEmbedding`, such as `SignSGD`; None: the optimizer of the rest.
-        pretrained: checkpoint whose decoder training begins with, and whose encoder if it is of the same class; a
-            `PuzzleEmbedding` of another size begins with the mean of its rows. Freeze parts with `Freeze`.
+        pretrained: checkpoint whose decoder training begins with, and whose encoder if it is of the same class (both
+            must fit); a `PuzzleEmbedding` of another size begins with the mean of its rows. See also `Freeze`.
         optimizer, lr_scheduler, gradient_clip, update_every: see ManualModule.
 
     Raises:
@@ -86,10 +87,24 @@ class ReasoningModule(ManualModule):
         self.loss = ReasoningLoss() if loss is None else loss
         self.kl_weight = kl_weight
         self.evaluation_steps = [at_least(1, "evaluation_steps", steps) for steps in evaluation_steps]
+        if mode == "cached" and self.encoder.recurrent:
+            raise ValueError(
+                f"mode 'cached' encodes a puzzle once, but {type(self.encoder).__name__} goes on at every step: use "
+                "mode 're_encode', or another encoder"
+            )
+        if embedding_optimizer is not None and not isinstance(self.encoder, PuzzleEmbedding):
+            raise ValueError(
+                f"embedding_optimizer is for a PuzzleEmbedding, but the encoder is {type(self.encoder).__name__}: "
+                "leave it out"
+            )
+        if embedding_optimizer is not None and encoder_lr is not None:
+            raise ValueError("encoder_lr has no effect beside embedding_optimizer: give that one its own lr")
         self.encoder_lr = encoder_lr
         self.embedding_optimizer = embedding_optimizer
         self.pretrained = pretrained
+        self._thinks_for = self._metrics().steps  # in evaluation
         self.evaluations = nn.ModuleDict()  # metrics by name of the evaluation set
+        self.curves: dict[str, Curves] = {}  # of the last evaluation, by name of its set
         self._carry: Carry | None = None  # not a buffer: other processes carry other lanes
         self._stream: str | None = None  # identity of the stream that the carry's puzzles are of
         self._restored = False  # whether the carry is that of a checkpoint
@@ -103,21 +118,7 @@ class ReasoningModule(ManualModule):
         self._restored = False
 
         if stage == "fit" and self.pretrained is not None:
-            self._load_pretrained(Path(self.pretrained))
-
-    def _load_pretrained(self, path: Path) -> None:
-        require_readable(path, "model.pretrained")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        self._check_architecture(checkpoint, "decoder")
-        ours, saved = self.state_dict(), checkpoint["state_dict"]
-        if checkpoint[ARCHITECTURE]["encoder"] == type(self.encoder).__name__:
-            table = saved.get("encoder.table")
-            if table is not None and table.shape[1:] == ours["encoder.table"].shape[1:] != table.shape:
-                saved["encoder.table"] = table.mean(0).expand_as(ours["encoder.table"])
-            self._check_architecture(checkpoint, "encoder")
-        else:
-            saved = {name: value for name, value in saved.items() if name.startswith("decoder")}
-        self.load_state_dict({**ours, **saved})
+            load_pretrained(self, Path(self.pretrained))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         table = self.encoder.table if isinstance(self.encoder, PuzzleEmbedding) else None
@@ -164,13 +165,12 @@ class ReasoningModule(ManualModule):
             figures, steps = self._figures.read()
             loss_figure = figures.pop("train/loss", None)
             values: dict[str, Any] = {**figures, **context_figures(made.context, carry.puzzles.identity)}
-            values |= {f"train/{part}_grad_norm": norm(grads, part) / weight for part in ("encoder", "decoder")}
             if update is not None and update.stepped:
-                values["train/grad_norm"] = update.grad_norm
+                values |= grad_norms(self, update.grad_norm)
             self.log_dict(values, batch_size=1)
             if loss_figure is not None:
                 self.log("train/loss", loss_figure, prog_bar=True, batch_size=1)
-            self._log_histogram("train/steps_at_halt", steps)
+            log_histogram(self.trainer, "train/steps_at_halt", steps)
 
     def _renewed(self, stream: PuzzleStream) -> Carry:
         """The carry for the next step: lanes that have halted hold their next puzzles."""
@@ -221,12 +221,6 @@ class ReasoningModule(ManualModule):
             return carry.steps >= self.halting.max_steps
         return self.halting(made.answer, carry.steps, carry.index, seed)
 
-    def _log_histogram(self, tag: str, values: Tensor) -> None:
-        for logger in self.loggers:
-            add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
-            if add_histogram is not None and len(values):
-                add_histogram(tag, values, global_step=self.trainer.fit_loop.total_batch_idx)
-
     # ---- evaluation
 
     def _start_evaluation(self) -> None:
@@ -248,6 +242,15 @@ class ReasoningModule(ManualModule):
 
     def on_test_start(self) -> None:
         self._start_evaluation()
+
+    def on_predict_start(self) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "questions", None) is not None and isinstance(self.encoder, PuzzleEmbedding):
+            if self.shape.identities > 1:
+                raise ValueError(
+                    "data.puzzle: a PuzzleEmbedding knows the puzzles it was trained on and no other; use an encoder "
+                    "of demonstrations"
+                )
 
     def validation_step(self, batch: PuzzleBatch, batch_idx: int, dataloader_idx: int = 0) -> Thoughts:
         """Predictions and q_halt of every step, for callbacks."""
@@ -278,13 +281,16 @@ class ReasoningModule(ManualModule):
         for name, metrics in self.evaluations.items():
             figures = {f"{stage}/{name}/{figure}": value.float() for figure, value in metrics.compute().items()}  # type: ignore[operator]
             shown = f"{stage}/{name}/exact_accuracy"
-            self.log(shown, figures.pop(shown), prog_bar=True)
-            self.log_dict(figures)
+            self.log(shown, figures.pop(shown), prog_bar=True, sync_dist=True)  # equal on all ranks already
+            self.log_dict(figures, sync_dist=True)
+            curves = self.curves[name] = metrics.curves()  # type: ignore[operator]
+            number = torch.arange(1, len(curves.halted) + 1).repeat_interleave(curves.halted)
+            log_histogram(self.trainer, f"{stage}/{name}/steps_at_halt", number)
 
     def forward(self, puzzles: Puzzles) -> Thoughts:
         """Answers of all supervision steps, from the initial states on; the training carry is left alone."""
         with torch.autocast(self.device.type, enabled=False):
-            return think(self.decoder, self.encoder, puzzles, self._metrics().steps)
+            return think(self.decoder, self.encoder, puzzles, self._thinks_for, self.halting.q_continue)
 
     # ---- checkpoints
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rtrl_moe_pl.modules.figures import Stopwatch
 from rtrl_moe_pl.reasoning.etrm import Supervision
@@ -28,6 +28,7 @@ class ReasoningFigures(Stopwatch):
         self._rows: Tensor | float = 0.0  # [loss, .., number of rows]
         self._halts: Tensor | float = 0.0  # [accuracy, .., number of halts]
         self._steps: list[Tensor] = []
+        self._variational = False
 
     def add(self, made: Supervision, loss: StepLoss, total: Tensor, reached: Tensor, halted: Tensor) -> None:
         """Add a step.
@@ -48,6 +49,7 @@ class ReasoningFigures(Stopwatch):
         share = right.sum(-1) / asked.sum(-1).clamp(min=1)
         done = halted & valid
         by_row = (share, loss.correct, (answer.halt >= 0) == loss.correct, steps)
+        self._variational = kl is not None
         with torch.no_grad():
             self._rows = self._rows + torch.stack([*rows, valid.sum()]).double()
             self._halts = self._halts + torch.stack([*((v * done).sum() for v in by_row), done.sum()]).double()
@@ -64,6 +66,8 @@ class ReasoningFigures(Stopwatch):
                 *values, count = sums.tolist()
                 if count:
                     figures |= {f"train/{name}": value / count for name, value in zip(names, values, strict=True)}
+        if not self._variational:
+            figures.pop("train/kl", None)
         steps = torch.cat(self._steps) if self._steps else torch.zeros(0)
         figures["train/puzzles_per_second"] = len(steps) / self.elapsed()
         self.clear()
@@ -79,25 +83,35 @@ def context_figures(context: Tensor, identity: Tensor) -> dict[str, Any]:
         identity: [B], which rule each row follows.
 
     Returns:
-        mean, standard deviation, norm of a row, variance across rows, and variance across the rows of one rule; each a
-        mean over positions and channels.
+        mean, standard deviation, norm of a row, variance across rows, and variance across the rows of one rule, which
+        is as large where the context says nothing of the rule; each a mean over positions and channels.
     """
     flat = context.flatten(1)
     rules, group = identity.unique(return_inverse=True)
     size = torch.bincount(group)
     centre = flat.new_zeros(len(rules), flat.shape[1]).index_add(0, group, flat) / size[:, None]
-    several = size[group] > 1
-    within = (flat - centre[group])[several].square().mean() if bool(several.any()) else flat.new_zeros(())
+    freedom = int((size - 1).sum())  # unbiased: most rules have two rows or so
+    within = (flat - centre[group]).square().sum() / max(1, freedom) / flat.shape[1]
     return {
         "train/context_mean": flat.mean(),
         "train/context_std": flat.std(),
         "train/context_norm": flat.norm(dim=1).mean(),
-        "train/context_cross_sample_variance": flat.var(0, unbiased=False).mean(),
+        "train/context_cross_sample_variance": flat.var(0, unbiased=len(flat) > 1).mean(),
         "train/context_within_group_variance": within,
     }
 
 
-def norm(grads: dict[str, Tensor], part: str) -> Tensor:
-    """L2 norm of the gradients of one part of a module."""
-    chosen = [grad for name, grad in grads.items() if name.startswith(part)]
-    return torch.nn.utils.get_total_norm(chosen) if chosen else torch.zeros(())
+@torch.no_grad()
+def grad_norms(module: nn.Module, total: float) -> dict[str, Any]:
+    """L2 norms of the mean gradient over all ranks, before clipping, of all parameters and of the module's parts.
+
+    Args:
+        total: that of all, see `UpdateResult`; what was written to ``p.grad`` may be clipped.
+    """
+    parts = {
+        part: torch.nn.utils.get_total_norm([p.grad for p in child.parameters() if p.grad is not None])
+        for part, child in module.named_children()
+        if any(p.grad is not None for p in child.parameters())
+    }
+    scale = total / torch.stack(list(parts.values())).norm().clamp(min=torch.finfo(torch.float32).tiny)
+    return {"train/grad_norm": total} | {f"train/{part}_grad_norm": scale * value for part, value in parts.items()}

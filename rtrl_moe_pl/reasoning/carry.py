@@ -14,7 +14,7 @@ from rtrl_moe_pl.randomness import integers, uniform
 from rtrl_moe_pl.reasoning.trm import TRM, Answer, Latents
 from rtrl_moe_pl.tasks.puzzles import Puzzles
 
-_EXPLORES, _AT_LEAST = range(2)  # what a draw is for
+_EXPLORES, _AT_LEAST = 1000, 1001  # what a draw is for: numbers that no task uses, of the same seed and index
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Halting:
 
     In training: after ``max_steps`` supervision steps, or once q_halt is positive (with ``q_continue``: above
     q_continue). With probability ``exploration`` a step may not halt before a number of steps drawn from
-    2..max_steps, so that longer thinking is seen too. ``fixed``: after exactly ``max_steps``.
+    2..max_steps, so that longer thinking is seen too.
 
     Args:
         max_steps: at least 1.

@@ -15,7 +15,7 @@ from rtrl_moe_pl.reasoning.trm import TRM, Answer
 from rtrl_moe_pl.tasks.puzzles import Puzzles
 
 Mode = Literal["re_encode", "fixed_time", "cached"]
-_NOISE = 2  # what a draw is for; 0 and 1 are those of `Halting`
+_NOISE = 1002  # what a draw is for: see `reasoning.carry`
 
 
 class Supervision(NamedTuple):
@@ -41,7 +41,7 @@ def supervise(decoder: TRM, encoder: Encoder, carry: Carry, mode: Mode, seed: in
     """
     puzzles, state = carry.puzzles, carry.encoder_state
     if mode == "cached":
-        encoded = carry.steps == 0
+        encoded = torch.ones_like(carry.halted) if carry.context is None else carry.steps == 0
         if bool(encoded.any()):
             encoding = encode(encoder, puzzles.rows(encoded), carry.index[encoded], carry.steps[encoded], seed, None)
             context = (
@@ -77,10 +77,18 @@ class Thoughts(NamedTuple):
 
     predictions: Tensor  # [N, B, S] int64
     halt: Tensor  # [N, B] q_halt
+    margin: Tensor  # [N, B] by which q_halt is above what it takes to halt: 0, or q_continue
+
+    def rows(self, index: Tensor) -> Thoughts:
+        """Those of the puzzles ``index`` [n]."""
+        return Thoughts(*(tensor[:, index] for tensor in self))
+
+    def cpu(self) -> Thoughts:
+        return Thoughts(*(tensor.cpu() for tensor in self))
 
     def halted_at(self, max_steps: int) -> Tensor:
-        """[B]: the step, from 0, at which each puzzle halts: the first of positive q_halt, else the last allowed."""
-        wants = self.halt[:max_steps] > 0
+        """[B]: the step, from 0, at which each puzzle halts, as in training; at the last allowed one if not before."""
+        wants = self.margin[:max_steps] > 0
         wants[-1] = True
         return wants.int().argmax(0)
 
@@ -98,14 +106,15 @@ class Thoughts(NamedTuple):
 
 
 @torch.no_grad()
-def think(decoder: TRM, encoder: Encoder, puzzles: Puzzles, steps: int) -> Thoughts:
+def think(decoder: TRM, encoder: Encoder, puzzles: Puzzles, steps: int, q_continue: bool = False) -> Thoughts:
     """Answers of ``steps`` supervision steps, from the initial states on, without sampling."""
     latents, state, context = decoder.initial(len(puzzles.inputs)), None, None
-    predictions, halt = [], []
+    predictions, halt, margin = [], [], []
     for _ in range(steps):
         if context is None or state is not None:
             context, _, state = encoder(puzzles, None, state)
         latents, answer = decoder(latents, puzzles.inputs, context)
         predictions.append(answer.logits.argmax(-1))
         halt.append(answer.halt)
-    return Thoughts(torch.stack(predictions), torch.stack(halt))
+        margin.append(answer.halt - answer.go_on if q_continue else answer.halt)
+    return Thoughts(torch.stack(predictions), torch.stack(halt), torch.stack(margin))

@@ -94,10 +94,11 @@ class TRM(nn.Module):
         if self.position is not None:
             truncated_normal_(self.position, 1 / math.sqrt(width))
         rotary = Rotary(width // max(heads, 1), length) if mixer == "attention" else None
-        self.blocks = nn.ModuleList(
-            Block(width, Attention(width, heads, rotary) if mixer == "attention" else PositionMLP(length), expansion)
-            for _ in range(layers)
-        )
+
+        def mix() -> nn.Module:
+            return Attention(width, heads, rotary) if mixer == "attention" else PositionMLP(length, expansion)
+
+        self.blocks = nn.ModuleList(Block(width, mix(), expansion) for _ in range(layers))
         self.answer_head = linear(width, shape.vocabulary)
         self.halt_head = nn.Linear(width, 2)
         nn.init.zeros_(self.halt_head.weight)
@@ -108,7 +109,7 @@ class TRM(nn.Module):
     def architecture(self) -> dict[str, Any]:
         """What a checkpoint must agree on though no tensor's shape tells it."""
         cycles = {"h_cycles": self.h_cycles, "l_cycles": self.l_cycles, "prefix": self.prefix}
-        return {**cycles, **self._options, "height": self.shape.height, "width": self.shape.width}
+        return {**cycles, **self._options, "grid_height": self.shape.height, "grid_width": self.shape.width}
 
     def initial(self, batch_size: int) -> Latents:
         """States of a puzzle that has just begun."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
+from torch import Tensor
 
 
 def picture_folder(trainer: Trainer) -> Path:
@@ -17,6 +18,14 @@ def when(trainer: Trainer) -> str:
     """For a title."""
     done = trainer.fit_loop.total_batch_idx + 1
     return f"after {done:,} batches" if done else "without training in this run"
+
+
+def log_histogram(trainer: Trainer, tag: str, values: Tensor) -> None:
+    """Hand values [n] to loggers that take histograms; nothing if there are none."""
+    for logger in trainer.loggers:
+        add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+        if add_histogram is not None and len(values):
+            add_histogram(tag, values, global_step=max(0, trainer.fit_loop.total_batch_idx))
 
 
 def show(figure: Figure, trainer: Trainer, folder: Path, stage: str, name: str, dpi: int) -> None:

@@ -51,7 +51,8 @@ class GradientSums:
         if self.weight is None:
             self.grads, self.weight, self.counts = dict(grads), weight, counts
         else:
-            self.grads = {name: self.grads[name] + grad for name, grad in grads.items()}
+            added = {name: self.grads[name] + grad if name in self.grads else grad for name, grad in grads.items()}
+            self.grads = {**self.grads, **added}  # a parameter may have been frozen in some of the batches
             self.weight = self.weight + weight
             self.counts = counts if self.counts is None or counts is None else self.counts + counts
         self.batches += 1

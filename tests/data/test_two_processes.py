@@ -1,5 +1,6 @@
 """Two processes share the stream and the validation sets of one process with the double batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
 CURRICULUM = """
@@ -44,6 +46,28 @@ data:
   class_path: DelayedRecallDataModule
   init_args: {batch_size: 4, steps_per_batch: 8, batches_per_epoch: 6, validation_size: 5}
 trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}
+"""
+REASONING = """
+seed_everything: 0
+model:
+  class_path: ReasoningModule
+  init_args:
+    decoder: {class_path: TRM, init_args: {width: 16, heads: 2, layers: 1, h_cycles: 1, l_cycles: 2, prefix: 2}}
+    encoder: {class_path: LPNEncoder, init_args: {layers: 1, heads: 2, latent_size: 4, variational: true}}
+    halting: {class_path: Halting, init_args: {max_steps: 3, exploration: 0.3, q_continue: true}}
+    mode: cached
+    optimizer: {class_path: SGD, init_args: {lr: 0.1}}
+    update_every: 2
+data:
+  class_path: PuzzleDemoDataModule
+  init_args: {size: 2, batch_size: 4, batches_per_epoch: 12, validation_size: 7}
+checkpoint: {monitor: val/held_out/exact_accuracy}
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  enable_progress_bar: false
+  log_every_n_steps: 1
+  callbacks: [{class_path: EMA}, {class_path: PuzzlePicture}]
 """
 
 
@@ -124,3 +148,41 @@ def test_two_processes_balance_together(tmp_path: Path):
     assert all(alone["state_dict"][name].any() for name in biases)
     for name, value in alone["state_dict"].items():
         torch.testing.assert_close(both["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_two_processes_reason_as_one_with_the_double_batch(tmp_path: Path):
+    """Lanes that halt at different times on each, in a mode in which a rank may have none to encode."""
+    versions = fit_alone_and_together(tmp_path, REASONING)
+    alone, both = [torch.load(version / "checkpoints" / "last.ckpt", weights_only=True) for version in versions]
+    assert alone["global_step"] == both["global_step"] == 6
+    for part in ("state_dict", "current_model_state"):
+        for name, value in alone[part].items():
+            torch.testing.assert_close(both[part][name], value, rtol=1e-5, atol=1e-6)
+    figures = [scalars(version) for version in versions]
+    for tag in ("val/held_out/exact_accuracy", "val/train_rules/q_halt_loss", "train/grad_norm"):
+        assert figures[1][tag] == pytest.approx(figures[0][tag], rel=1e-4), tag
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_two_processes_answer_one_puzzle(tmp_path: Path):
+    """One of them has nothing to answer."""
+    (tmp_path / "config.yaml").write_text(REASONING)
+    pair = {"input": [[0, 1], [2, 3]], "output": [[1, 2], [3, 4]]}
+    (tmp_path / "puzzle.json").write_text(json.dumps({"train": [pair], "test": [pair]}))
+    command = [sys.executable, "-m", "rtrl_moe_pl", "predict", "--config", "config.yaml", "--trainer.devices", "2"]
+    command += ["--data.puzzle", "puzzle.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("predictions_rank*.json"))]
+    assert [len(answer) for answer in answers] == [1, 0]
+    assert "correct" in answers[0][0]
+
+
+def scalars(version: Path) -> dict[str, float]:
+    """The last value of every figure."""
+    events = EventAccumulator(str(version)).Reload()
+    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}

@@ -26,7 +26,7 @@ def test_a_pretrained_decoder_is_taken_and_an_encoder_of_the_same_class(tmp_path
     made.save_checkpoint(tmp_path / "a.ckpt")
     for encoder, taken in ((PairTokenEncoder, True), (VariationalEncoder, False)):
         model = module(encoder, seed=5, pretrained=str(tmp_path / "a.ckpt"))
-        before = dict(model.encoder.named_parameters())
+        before = {name: p.detach().clone() for name, p in model.encoder.named_parameters()}
         run(tmp_path, model, 0)
         assert all(
             torch.equal(p, q) for p, q in zip(model.decoder.parameters(), source.decoder.parameters(), strict=True)
@@ -55,6 +55,16 @@ def test_a_table_of_another_size_begins_with_the_mean_of_its_rows(tmp_path: Path
     assert torch.equal(model.encoder.table, source.encoder.table.mean(0).expand(5, -1))
 
 
+def test_a_table_of_the_same_size_is_kept(tmp_path: Path) -> None:
+    source = module(PuzzleEmbedding)
+    made, _ = run(tmp_path, source)
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    model = module(PuzzleEmbedding, seed=5, pretrained=str(tmp_path / "a.ckpt"))
+    run(tmp_path, model, 0)
+    assert same(model.encoder, source.encoder)
+    assert len(next(source.encoder.parameters()).unique(dim=0)) > 1
+
+
 def test_a_pretrained_decoder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     made, _ = run(tmp_path, module())
     made.save_checkpoint(tmp_path / "a.ckpt")
@@ -64,6 +74,13 @@ def test_a_pretrained_decoder_that_does_not_fit_is_refused(tmp_path: Path) -> No
         run(tmp_path, other)
     with pytest.raises(FileNotFoundError, match=r"^model\.pretrained: there is no file missing\.ckpt"):
         run(tmp_path, module(pretrained="missing.ckpt"))
+
+
+def test_rates_that_would_have_no_effect_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^embedding_optimizer is for a PuzzleEmbedding, but the encoder is Pair"):
+        module(embedding_optimizer=SignSGD)
+    with pytest.raises(ValueError, match=r"^encoder_lr has no effect beside embedding_optimizer"):
+        module(PuzzleEmbedding, embedding_optimizer=SignSGD, encoder_lr=0.1)
 
 
 def test_only_the_embeddings_of_puzzles_seen_move_by_their_own_optimizer(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch import Trainer
 from rtrl_moe_pl.modules import ReasoningModule
 from rtrl_moe_pl.reasoning import Carry, Encoder, Halting, PairTokenEncoder, PuzzleEmbedding, ReasoningLoss
 from rtrl_moe_pl.reasoning.encoders import IterativeEncoder, VariationalEncoder
+from rtrl_moe_pl.training import Freeze
 from rtrl_moe_pl.training.strategy import PER_RANK
 from tests.modules.helpers import Figures, trainer
 from tests.modules.reasoning_helpers import data, module, run
@@ -33,8 +35,16 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
     return all(a is b if a is None else torch.equal(a, b) for a, b in zip(one.values(), two.values(), strict=True))
 
 
-@pytest.mark.parametrize("mode", ["re_encode", "fixed_time", "cached"])
-@pytest.mark.parametrize("encoder", [PairTokenEncoder, PuzzleEmbedding, VariationalEncoder, IterativeEncoder])
+@pytest.mark.parametrize(
+    ("mode", "encoder"),
+    [
+        *itertools.product(
+            ["re_encode", "fixed_time", "cached"], [PairTokenEncoder, PuzzleEmbedding, VariationalEncoder]
+        ),
+        ("re_encode", IterativeEncoder),
+        ("fixed_time", IterativeEncoder),
+    ],
+)
 def test_resumed_in_the_middle_of_a_carry_equals_unbroken(tmp_path: Path, mode: str, encoder: type[Encoder]) -> None:
     options: dict[str, Any] = {"mode": mode, "update_every": 2, "loss": ReasoningLoss("stablemax")}
     unbroken = module(encoder, **options)
@@ -45,6 +55,27 @@ def test_resumed_in_the_middle_of_a_carry_equals_unbroken(tmp_path: Path, mode: 
     second, _ = run(tmp_path, resumed, 5, ckpt_path=str(tmp_path / "stopped.ckpt"))
     assert second.global_step == 5
     assert same(final(first, unbroken), final(second, resumed))
+
+
+def test_a_run_resumed_in_cached_mode_encodes_every_lane_first(tmp_path: Path) -> None:
+    interrupted, _ = run(tmp_path, module(), 4)
+    interrupted.save_checkpoint(tmp_path / "a.ckpt")
+    _, logged = run(tmp_path, module(mode="cached"), 6, ckpt_path=str(tmp_path / "a.ckpt"))
+    assert logged[0]["train/gradient_coverage"] == 1
+    assert logged[1]["train/gradient_coverage"] < 1
+
+
+def test_a_recurrent_encoder_cannot_be_cached() -> None:
+    with pytest.raises(ValueError, match=r"^mode 'cached' encodes a puzzle once, but IterativeEncoder goes on"):
+        module(IterativeEncoder, mode="cached")
+
+
+def test_parts_may_be_frozen_between_two_batches_of_one_update(tmp_path: Path) -> None:
+    frozen = trainer(tmp_path, max_steps=2, callbacks=[Freeze("encoder")], limit_train_batches=3, max_epochs=1)
+    frozen.fit(module(update_every=2), datamodule=data())
+    frozen.save_checkpoint(tmp_path / "a.ckpt")
+    made, _ = run(tmp_path, module(update_every=2), 3, ckpt_path=str(tmp_path / "a.ckpt"))
+    assert made.global_step == 3
 
 
 @pytest.mark.parametrize("lost", ["latents", "steps", "index", "puzzles", "halted"])
@@ -157,9 +188,10 @@ def test_figures_of_training_and_evaluation(tmp_path: Path) -> None:
         assert int(model.evaluations[split].count) == 7  # type: ignore[call-overload,arg-type]  # no more, no less
 
 
-def test_gradient_norms_add_up(tmp_path: Path) -> None:
-    _, logged = run(tmp_path, module(gradient_clip=None))
-    for figures in logged:
+@pytest.mark.parametrize("options", [{"gradient_clip": None}, {"gradient_clip": 1e-3}, {"update_every": 2}])
+def test_gradient_norms_add_up(tmp_path: Path, options: dict[str, Any]) -> None:
+    _, logged = run(tmp_path, module(**options))
+    for figures in filter(lambda figures: "train/grad_norm" in figures, logged):
         parts = [figures[f"train/{part}_grad_norm"] for part in ("encoder", "decoder")]
         assert sum(part**2 for part in parts) ** 0.5 == pytest.approx(figures["train/grad_norm"], rel=1e-4)
 
@@ -195,7 +227,9 @@ def test_a_checkpoint_of_another_architecture_names_what_differs(tmp_path: Path)
     made.save_checkpoint(tmp_path / "a.ckpt")
     other = module()
     other.decoder.l_cycles = 4
-    with pytest.raises(ValueError, match=r"another architecture: decoder\.l_cycles is 1 there and 4 here"):
+    other.decoder.h_cycles = 2
+    both = r"another architecture: decoder\.h_cycles is 1 there and 2 here, decoder\.l_cycles is 1 there and 4 here"
+    with pytest.raises(ValueError, match=both):
         trainer(tmp_path).validate(other, datamodule=data(), ckpt_path=str(tmp_path / "a.ckpt"))
     with pytest.raises(ValueError, match="encoder is PairTokenEncoder there and PuzzleEmbedding here"):
         trainer(tmp_path).validate(module(PuzzleEmbedding), datamodule=data(), ckpt_path=str(tmp_path / "a.ckpt"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -89,7 +90,7 @@ def thoughts() -> Thoughts:
     predictions = torch.tensor([[[1, 1], [0, 1], [0, 0]], [[1, 0], [0, 0], [0, 0]], [[0, 0], [1, 1], [0, 0]]])
     predictions = torch.cat([predictions, predictions[:1]])
     halt = torch.tensor([[1.0, -1.0, 1.0], [-1.0, -2.0, 1.0], [2.0, -3.0, 1.0], [-1.0, 3.0, 1.0]])
-    return Thoughts(predictions, halt)
+    return Thoughts(predictions, halt, halt)
 
 
 LABELS = torch.tensor([[1, 1], [1, 1], [IGNORED, IGNORED]])
@@ -108,10 +109,12 @@ def test_ways_of_stopping_side_by_side() -> None:
         "exact_accuracy_4_steps": 0.5,
         "accuracy": 1.0,
         "q_halt_accuracy": 0.5,  # the second was right but not believed
+        "q_halt_loss": pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(3))) / 2),
         "steps": 2.0,
     }
-    assert metrics.exact_by_step.tolist() == [1, 0, 1, 1]
-    assert metrics.halted_by_step.tolist() == [1, 0, 1]
+    exact, halted = metrics.curves()
+    assert exact.tolist() == [0.5, 0, 0.5, 0.5]
+    assert halted.tolist() == [1, 0, 1]
 
 
 def test_padding_counts_nowhere() -> None:

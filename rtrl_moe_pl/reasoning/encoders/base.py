@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -40,6 +40,13 @@ class Encoder(nn.Module, ABC):
             noise: [B, noise_size] standard normal, for encoders that sample; None: their mean.
             state: what was returned at the puzzles' last step, zero at their first; None: zero everywhere.
         """
+
+    recurrent: ClassVar[bool] = False  # whether it returns a state
+
+    def architecture(self) -> dict[str, Any]:
+        """What a checkpoint must agree on though no tensor's shape tells it: heads and ways of pooling."""
+        options = ((name, getattr(m, name, None)) for m in self.modules() for name in ("heads", "pool"))
+        return {name: value for name, value in options if value is not None}
 
     @property
     def noise_size(self) -> int:

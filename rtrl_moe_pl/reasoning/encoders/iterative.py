@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from rtrl_moe_pl.reasoning.encoders.base import Encoding
@@ -20,6 +22,8 @@ class IterativeEncoder(PairTokenEncoder):
     Shapes: state [B, prefix, D].
     Cost: see `PairTokenEncoder`.
     """
+
+    recurrent: ClassVar[bool] = True
 
     def forward(self, puzzles: Puzzles, noise: Tensor | None = None, state: Tensor | None = None) -> Encoding:
         queries = self.queries.expand(len(puzzles.inputs), -1, -1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,16 @@ from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.randomness import bits, integers, uniform
 from rtrl_moe_pl.tasks.base import one_of
 from rtrl_moe_pl.tasks.puzzles.arc_files import COLORS, MAX_SIDE, ArcTask, select
-from rtrl_moe_pl.tasks.puzzles.arc_grids import VOCABULARY, distinct, pack, place, transform
+from rtrl_moe_pl.tasks.puzzles.arc_grids import (
+    VOCABULARY,
+    crop,
+    distinct,
+    off_canvas,
+    on_canvas,
+    pack,
+    place,
+    transform,
+)
 from rtrl_moe_pl.tasks.puzzles.base import IGNORED, Puzzles, PuzzleShape, PuzzleTask
 from rtrl_moe_pl.tasks.puzzles.grids import DIHEDRAL, PAD
 
@@ -216,6 +226,21 @@ class ArcPuzzles(PuzzleTask):
         element, permutation = self._augmentation(0, group, number)
         same = torch.arange(COLORS, device=number.device)
         return element * (number > 0), torch.where((number > 0)[..., None], permutation, same)
+
+    def to_tokens(self, grid: np.ndarray) -> Tensor:
+        """In the upper left corner of the canvas, with its border."""
+        if max(grid.shape) > self.max_size:
+            raise ValueError(
+                f"the grid has {grid.shape[0]} x {grid.shape[1]} cells, but the canvas is {self.max_size} x "
+                f"{self.max_size}"
+            )
+        cells = torch.from_numpy(on_canvas(grid, self.max_size))[None, None]
+        return place(cells, torch.tensor([[grid.shape]]), torch.zeros(1, 2, dtype=torch.int64)).flatten().long()
+
+    def to_grid(self, tokens: Tensor) -> list[list[int]]:
+        """What `crop` finds in the upper left corner."""
+        cells, _ = crop(tokens.view(1, self.max_size, -1), torch.zeros(1, 2, dtype=torch.int64))
+        return off_canvas(cells[0].numpy()).tolist()
 
     # ---- data
 

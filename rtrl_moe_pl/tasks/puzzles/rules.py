@@ -17,7 +17,7 @@ from rtrl_moe_pl.tasks.puzzles.base import Puzzles, PuzzleShape, PuzzleTask
 from rtrl_moe_pl.tasks.puzzles.grids import COLOR, DIHEDRAL, dihedral
 
 FAMILIES = ("colors", "flips", "colors_and_flips", "pattern")
-_RULE, _CELL, _DROP, _KEPT, _ORDER, _OTHER = range(6)  # what a draw is for
+_RULE, _CELL, _DROP, _KEPT, _OTHER = range(5)  # what a draw is for
 SPLITS = ("held_out", "train_rules", "shuffled_demos")
 
 
@@ -39,7 +39,7 @@ class RulePuzzles(PuzzleTask):
         colors: number of colours, at most 9 (pattern: beside black).
         train_rules, held_out_rules: how many of each; together at most as many as there are.
         demos: demonstrations of a puzzle.
-        demo_dropout: probability that a training demonstration is left out; at least one stays.
+        demo_dropout: probability that a training demonstration is left out; one, drawn at random, always stays.
 
     Raises:
         TypeError, ValueError: for options out of range, naming the option.
@@ -108,7 +108,7 @@ class RulePuzzles(PuzzleTask):
         identity = first + integers(seed, _RULE, index, low=0, high=count)  # [B]
         demo_identity = identity
         if split == "shuffled_demos":
-            other = integers(seed, _OTHER, index, low=1, high=max(2, self.train_rules + self.held_out_rules))
+            other = integers(seed, _OTHER, index, low=1, high=self.train_rules + self.held_out_rules)
             demo_identity = (identity + other) % (self.train_rules + self.held_out_rules)
         grids = self._grids(seed, index)  # [B, K + 1, n, n]
         query, demos = grids[:, :1], grids[:, 1:]

@@ -96,6 +96,8 @@ class Sudoku(PuzzleTask):
         none = inputs.new_empty(len(index), 0, self.size**2)
         return Puzzles(inputs, labels, none, none, none[..., 0].bool(), torch.zeros_like(index))
 
+    first_token = BLANK
+
     @property
     def look(self) -> Look:
         return Look(("#e8e8e8", *["#ffffff"] * (1 + self.size)), ("", "", *map(str, range(1, 1 + self.size))))
