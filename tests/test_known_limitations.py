@@ -14,6 +14,8 @@ from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.gradients import BPTT, RTRL, BlockRTRL, MemoryForecastError, parameter_paths, sequence_gradient
 from rtrl_moe_pl.gradients import rtrl as rtrl_module
 from rtrl_moe_pl.gradients.memory import Memory
+from rtrl_moe_pl.reasoning import PuzzleEmbedding
+from rtrl_moe_pl.tasks.puzzles import Puzzles, PuzzleShape
 from tests.modules.helpers import data, module, trainer
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "known_limitations.md"
@@ -204,3 +206,18 @@ def test_routed_cells_have_no_slow_path() -> None:
         algorithm.step(cell, readout, inputs, inputs[:, :, :1], squared, algorithm.init(cell, 2))
     with pytest.warns(UserWarning, match="exact but slow"):
         one_window(cell)
+
+
+def test_the_gradient_of_a_puzzle_embedding_is_dense() -> None:
+    shape = PuzzleShape(3, 1, 1, identities=1000)
+    encoder = PuzzleEmbedding(shape, 4, 1)
+    one = Puzzles(*(torch.zeros(1, 1, dtype=torch.int64),) * 2, *(torch.zeros(1, 0, 1),) * 3, torch.tensor([7]))
+    (grad,) = torch.autograd.grad(encoder(one).context.sum(), encoder.table)
+    assert grad.shape == (1000, 4)
+    assert grad.any(1).nonzero().tolist() == [[7]]
+
+
+def test_reasoning_is_not_audited(capsys: pytest.CaptureFixture[str]) -> None:
+    config = Path(__file__).parents[1] / "configs" / "trm_maze.yaml"
+    assert main(["audit", "--config", str(config)]) == 1
+    assert "audit needs a SequenceModule" in capsys.readouterr().err
