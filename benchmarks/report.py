@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks import etrm_ablation, etrm_report, haystack_report, memory, moe_scaling, reasoning_step
+from benchmarks import etrm_ablation, haystack_report, memory, moe_scaling, reasoning_step
 from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parent / "README.md"
@@ -170,7 +170,6 @@ def main() -> None:
     draw_recall(found["learning"])
     draw_step_time(found["step_time_cpu_1"])
     moe_scaling.draw(found["moe_scaling"]["results"])
-    etrm_report.draw(found["etrm_ablation"]["results"])
     memory.draw(found["memory"]["results"])
     haystack_report.draw(found["haystack_learning"]["results"], found["truncation_bias"]["results"])
 
