@@ -73,8 +73,9 @@ def _draw(axes: Axes, grid: Tensor, look: Look, text: str, frame: str = "grey") 
     grid = cropped(grid)
     axes.axis("on")
     axes.imshow(grid.numpy(), cmap=ListedColormap(look.colors), vmin=-0.5, vmax=len(look.colors) - 0.5)
-    axes.set_xticks(torch.arange(0.5, grid.shape[1] - 1).tolist(), labels=[])
-    axes.set_yticks(torch.arange(0.5, grid.shape[0] - 1).tolist(), labels=[])
+    rows, columns = grid.shape
+    axes.set_xticks([i + 0.5 for i in range(columns - 1)], labels=[])
+    axes.set_yticks([i + 0.5 for i in range(rows - 1)], labels=[])
     axes.tick_params(length=0)
     axes.grid(color="grey", linewidth=0.3)
     for spine in axes.spines.values():

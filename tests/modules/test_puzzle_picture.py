@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rtrl_moe_pl.modules import PuzzlePicture
-from rtrl_moe_pl.modules.puzzle_picture import cropped, puzzle_figure, steps_figure
+from rtrl_moe_pl.modules.puzzle_picture import _draw, cropped, puzzle_figure, steps_figure
 from rtrl_moe_pl.reasoning import Thoughts
 from rtrl_moe_pl.reasoning.metrics import Curves
 from rtrl_moe_pl.tasks.puzzles import IGNORED, Puzzles, RulePuzzles, Sudoku
+from rtrl_moe_pl.tasks.puzzles.colors import Look
 from rtrl_moe_pl.tasks.puzzles.grids import PAD
 from tests.modules.helpers import data as sequences
 from tests.modules.helpers import module as sequence_module
@@ -250,3 +251,10 @@ def test_accuracy_by_step_is_a_line_and_halting_a_share_of_all_for_every_set() -
     bars = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axes.patches]  # pyright: ignore
     assert [height for _, height in bars] == [0.25, 0, 0.75, 0, 0, 0]
     assert [round(place) for place, _ in bars] == [1, 2, 3] * 2
+
+
+def test_grids_of_one_cell_are_drawn() -> None:
+    """Regression: a grid cropped to one row or column had no lines to draw between cells."""
+    axes = Figure().subplots()
+    _draw(axes, torch.full((3, 3), PAD), Look.of_grids(4), "empty")
+    assert list(axes.get_xticks()) == list(axes.get_yticks()) == []
