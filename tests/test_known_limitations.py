@@ -211,7 +211,8 @@ def test_routed_cells_have_no_slow_path() -> None:
 def test_the_gradient_of_a_puzzle_embedding_is_dense() -> None:
     shape = PuzzleShape(3, 1, 1, identities=1000)
     encoder = PuzzleEmbedding(shape, 4, 1)
-    one = Puzzles(*(torch.zeros(1, 1, dtype=torch.int64),) * 2, *(torch.zeros(1, 0, 1),) * 3, torch.tensor([7]))
+    cell, no_demos = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 0, 1)
+    one = Puzzles(cell, cell, no_demos, no_demos, no_demos, torch.tensor([7]))
     (grad,) = torch.autograd.grad(encoder(one).context.sum(), encoder.table)
     assert grad.shape == (1000, 4)
     assert grad.any(1).nonzero().tolist() == [[7]]
