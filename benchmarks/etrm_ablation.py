@@ -12,17 +12,13 @@ rules that are held out are the same for all. The clock runs from the start of t
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from benchmarks.command import ROOT, run
-from benchmarks.common import RESULTS, machine, write
+from benchmarks.command import ROOT, run, train_all
+from benchmarks.common import machine
 
 JOBS: dict[str, tuple[str, list[str]]] = {
     "colors re_encode": ("etrm_color_rules", []),
@@ -100,22 +96,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="runs whose name begins with one of these")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--parallel", type=int, default=2)
-    arguments = parser.parse_args()
-    jobs = [(name, seed) for seed in arguments.seeds for name in JOBS if name.startswith(tuple(arguments.only))]
-    path = RESULTS / "etrm_ablation.json"
-    kept = json.loads(path.read_text())["results"] if path.exists() else []
-    rows = {(row["run"], row["seed"]): row for row in kept}
-    with ThreadPoolExecutor(arguments.parallel) as pool:
-        for row in tqdm(pool.map(lambda job: fit(*job), jobs), total=len(jobs)):
-            rows[row["run"], row["seed"]] = row
-            shown = ", ".join(f"{name} {points[-1][1]:.3f}" for name, points in row["curves"].items())
-            tqdm.write(f"{row['run']}, seed {row['seed']}: {shown} in {row['seconds']:.0f} s")
-            order = sorted(rows.values(), key=lambda row: (list(JOBS).index(row["run"]), row["seed"]))
-            write("etrm_ablation", torch.device("cpu"), order)
+    def shown(row: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {points[-1][1]:.3f}" for name, points in row["curves"].items())
+
+    train_all(__doc__ or "", "etrm_ablation", JOBS, fit, shown)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,13 @@ BPTT against TBPTT at RTRL's window, and against RTRL whose influence is held at
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from benchmarks.command import run
-from benchmarks.common import RESULTS, machine, write
+from benchmarks.command import run, train_all
+from benchmarks.common import machine
 
 WHOLE = ["--data.layout", "sequences", "--model.gradient", "BPTT"]
 HELD = ["--model.gradient", "benchmarks.controls.RTRLWithoutInfluence", "--model.gradient.window", "8"]
@@ -59,22 +55,10 @@ def fit(name: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="runs whose name begins so")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--parallel", type=int, default=2)
-    arguments = parser.parse_args()
-    jobs = [(name, seed) for name in RUNS if name.startswith(arguments.only) for seed in arguments.seeds]
-    path = RESULTS / "learning.json"
-    kept = json.loads(path.read_text())["results"] if path.exists() else []
-    rows = {(row["run"], row["seed"]): row for row in kept}
-    with ThreadPoolExecutor(arguments.parallel) as pool:
-        for row in tqdm(pool.map(lambda job: fit(*job), jobs), total=len(jobs)):
-            rows[row["run"], row["seed"]] = row
-            shown = ", ".join(f"{tag.removeprefix('val/')} {value:.1%}" for tag, value in row["accuracy"].items())
-            tqdm.write(f"{row['run']}, seed {row['seed']}: {shown} in {row['seconds']:.0f} s")
-            order = sorted(rows.values(), key=lambda row: (list(RUNS).index(row["run"]), row["seed"]))
-            write("learning", torch.device("cpu"), order)
+    def shown(row: dict[str, Any]) -> str:
+        return ", ".join(f"{tag.removeprefix('val/')} {value:.1%}" for tag, value in row["accuracy"].items())
+
+    train_all(__doc__ or "", "learning", RUNS, fit, shown)
 
 
 if __name__ == "__main__":

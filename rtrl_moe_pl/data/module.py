@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 
 from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.data.base import TaskDataModule
 from rtrl_moe_pl.data.batch import Batch
 from rtrl_moe_pl.data.loader import Request, StreamLoader, ValidationLoader
 from rtrl_moe_pl.data.stream import Stream
@@ -19,7 +19,7 @@ from rtrl_moe_pl.tasks.base import one_of
 _VALIDATION, _TEST = 1, 2  # their seeds are drawn from (seed, this, scale); training takes the seed itself
 
 
-class SequenceDataModule(LightningDataModule):
+class SequenceDataModule(TaskDataModule):
     """Batches of a task, made on the device from cursors that the loaders yield.
 
     Everything is a pure function of the options: a run resumed from a checkpoint sees the batches an unbroken run
@@ -91,9 +91,6 @@ class SequenceDataModule(LightningDataModule):
         self._train_loader: StreamLoader | None = None
         self._restored: dict[str, Any] | None = None  # a loader's state, until there is a loader
 
-    def __str__(self) -> str:  # Lightning's own takes loaders of its kind alone
-        return f"{type(self).__name__}({self.task!r}, seed={self.seed}, batch_size={self.batch_size})"
-
     # ---- loaders
 
     @property
@@ -148,8 +145,7 @@ class SequenceDataModule(LightningDataModule):
         return self._stream("train", self.training_task, self.training_seed, self.batch_size, steps)
 
     def _stream(self, split: str, task: Task, seed: int, batch_size: int, steps: int | None) -> Stream:
-        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        self._streams[split] = Stream(task, seed, batch_size, steps, rank, world_size)
+        self._streams[split] = Stream(task, seed, batch_size, steps, *self.process)
         return self._streams[split]
 
     # ---- batches

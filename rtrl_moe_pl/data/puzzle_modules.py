@@ -67,7 +67,7 @@ class MazeDataModule(PuzzleDataModule):
 
     Args:
         size: height and width in cells, at least 3.
-        min_path: least length of the path, in cells.
+        min_path: least length of the path, in steps from cell to cell.
         **options: those of `PuzzleDataModule`.
     """
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.data.base import TaskDataModule
 from rtrl_moe_pl.randomness import bits
 from rtrl_moe_pl.tasks.puzzles import Puzzles, PuzzleShape, PuzzleTask, read_questions
 from rtrl_moe_pl.tasks.puzzles.arc_files import FORM
@@ -117,7 +117,7 @@ class _EvaluationLoader:
             yield _Request(self.split, index[: max(1, kept)])
 
 
-class PuzzleDataModule(LightningDataModule):
+class PuzzleDataModule(TaskDataModule):
     """Puzzles of a task, made on the device.
 
     Training: every batch is a `PuzzleStream`. Evaluation: the same puzzles every time, one loader per evaluation set
@@ -175,9 +175,6 @@ class PuzzleDataModule(LightningDataModule):
         """That of all evaluation sets: a control differs from what it controls in nothing else."""
         return int(bits(self.seed, _EVALUATION))
 
-    def __str__(self) -> str:  # Lightning's own takes loaders of its kind alone
-        return f"{type(self).__name__}({self.task!r}, seed={self.seed}, batch_size={self.batch_size})"
-
     # ---- loaders
 
     def train_dataloader(self) -> _Turns:
@@ -195,19 +192,13 @@ class PuzzleDataModule(LightningDataModule):
         """The puzzles of the file, shared out between the ranks, or the first evaluation set."""
         if self.questions is not None:
             count = len(self.questions.inputs)
-            return _EvaluationLoader(QUESTIONS, count, self.validation_batch_size, *self._process)
+            return _EvaluationLoader(QUESTIONS, count, self.validation_batch_size, *self.process)
         return self._evaluation_loader(self.validation_names[0])
 
     def _evaluation_loader(self, split: str) -> _EvaluationLoader:
-        count = self.task.count(split)
-        if count is None:
-            count = _OF_ENDLESS if self.validation_size is None else self.validation_size
-        size = count if self.validation_size is None else min(count, self.validation_size)
-        return _EvaluationLoader(split, size, self.validation_batch_size, *self._process)
-
-    @property
-    def _process(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        limits = [limit for limit in (self.task.count(split), self.validation_size) if limit is not None]
+        size = min(limits, default=_OF_ENDLESS)
+        return _EvaluationLoader(split, size, self.validation_batch_size, *self.process)
 
     # ---- batches
 
@@ -216,9 +207,8 @@ class PuzzleDataModule(LightningDataModule):
         if batch == "train":
             module = None if self.trainer is None else self.trainer.lightning_module
             device = "cpu" if module is None else module.device
-            return PuzzleStream(self.task, self.seed, self.batch_size, *self._process, device=device)
+            return PuzzleStream(self.task, self.seed, self.batch_size, *self.process, device=device)
         if batch.split == QUESTIONS:
             assert self.questions is not None
-            rows = self.questions.rows(batch.index.cpu())
-            return PuzzleBatch(batch.index, Puzzles(*(part.to(batch.index.device) for part in rows)))
+            return PuzzleBatch(batch.index, self.questions.rows(batch.index.cpu()).to(batch.index.device))
         return PuzzleBatch(batch.index, self.task.draw(batch.split, self.evaluation_seed, batch.index))

@@ -60,7 +60,5 @@ class ArcEvaluation(Callback):
 
     def _log(self, module: LightningModule, stage: str) -> None:
         for split, evaluator in zip(self._data.validation_names, self._evaluators, strict=True):
-            figures = {f"{stage}/{split}/{name}": value for name, value in evaluator.compute().items()}
-            module.log_dict(
-                {tag: value for tag, value in figures.items() if value == value}
-            )  # not nan: something was scored
+            scored = {name: value for name, value in evaluator.compute().items() if not value.isnan()}
+            module.log_dict({f"{stage}/{split}/{name}": value for name, value in scored.items()})

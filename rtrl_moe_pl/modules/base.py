@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from rtrl_moe_pl.modules.figures import Stopwatch
 from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, update
 from rtrl_moe_pl.training.averaging import resume_raw
 from rtrl_moe_pl.training.failure import first_bad
@@ -55,6 +56,7 @@ class ManualModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.gradient_clip = gradient_clip
         self.update_every = update_every
+        self._figures = Stopwatch()  # of training; a subclass puts its own in its place
         self._sums = GradientSums()
         self._diagnosis: str | None = None
 
@@ -160,6 +162,21 @@ class ManualModule(LightningModule):
         done, every = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps
         return done == 1 or bool(trainer.fast_dev_run) or (every > 0 and done % every == 0)
 
+    # ---- evaluation
+
+    def _start_evaluation(self) -> None:
+        """Get ready for the loaders of a validation or a test."""
+
+    def on_validation_start(self) -> None:
+        self._figures.pause()  # validation is not counted in the speed of training
+        self._start_evaluation()
+
+    def on_validation_end(self) -> None:
+        self._figures.resume()
+
+    def on_test_start(self) -> None:
+        self._start_evaluation()
+
     # ---- checkpoints
 
     def carry_state(self) -> dict[str, Any] | None:
@@ -201,6 +218,7 @@ class ManualModule(LightningModule):
 
     def on_train_start(self) -> None:
         self._sums.to(self.device)
+        self._figures.clear()
 
     def _architecture(self) -> dict[str, str]:
         """Classes of the parts, and what they say of themselves that the shapes of their parameters do not tell."""

@@ -151,7 +151,7 @@ class PuzzlePicture(Callback):
     ) -> None:
         if dataloader_idx not in self._drawn:
             rows = torch.arange(min(self.puzzles, len(batch.index)))
-            puzzles = Puzzles(*(tensor[rows].cpu() for tensor in batch.puzzles))
+            puzzles = batch.puzzles.rows(rows).to("cpu")
             thoughts = outputs.rows(rows).cpu()
             self._drawn[dataloader_idx] = puzzles, thoughts, [f"puzzle {i}" for i in batch.index[rows].tolist()]
 

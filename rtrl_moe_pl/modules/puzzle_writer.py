@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rtrl_moe_pl.data.puzzles import PuzzleBatch
 from rtrl_moe_pl.modules.puzzle_picture import cropped, puzzle_figure
-from rtrl_moe_pl.tasks.puzzles import IGNORED, Puzzles, PuzzleTask
+from rtrl_moe_pl.tasks.puzzles import IGNORED, PuzzleTask
 from rtrl_moe_pl.tasks.puzzles.colors import in_terminal
 from rtrl_moe_pl.tasks.puzzles.grids import PAD
 from rtrl_moe_pl.training.pictures import picture_folder
@@ -50,7 +50,7 @@ class PuzzleWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         task = trainer.datamodule.task  # type: ignore[attr-defined]
-        puzzles, thoughts = Puzzles(*(t.cpu() for t in batch.puzzles)), outputs.cpu()
+        puzzles, thoughts = batch.puzzles.to("cpu"), outputs.cpu()
         step = thoughts.halted_at(pl_module.halting.max_steps)
         answers, sure = thoughts.at(step), thoughts.confidence(step).sigmoid()
         for row, number in enumerate(batch.index.tolist()):

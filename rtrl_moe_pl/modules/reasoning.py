@@ -60,6 +60,8 @@ class ReasoningModule(ManualModule):
     References: Jolicoeur-Martineau 2025, arXiv 2510.04871 (TRM).
     """
 
+    _figures: ReasoningFigures
+
     def __init__(
         self,
         shape: PuzzleShape,
@@ -116,7 +118,6 @@ class ReasoningModule(ManualModule):
         super().setup(stage)
         self._carry = self._stream = None
         self._restored = False
-
         if stage == "fit" and self.pretrained is not None:
             load_pretrained(self, Path(self.pretrained))
 
@@ -137,7 +138,6 @@ class ReasoningModule(ManualModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self._figures.clear()
         self._carry = None if self._carry is None else self._carry.to(self.device)
 
     def training_step(self, batch: PuzzleStream, batch_idx: int) -> None:
@@ -232,16 +232,6 @@ class ReasoningModule(ManualModule):
 
     def _metrics(self) -> PuzzleMetrics:
         return PuzzleMetrics(self.halting.max_steps, self.evaluation_steps)
-
-    def on_validation_start(self) -> None:
-        self._figures.pause()
-        self._start_evaluation()
-
-    def on_validation_end(self) -> None:
-        self._figures.resume()
-
-    def on_test_start(self) -> None:
-        self._start_evaluation()
 
     def on_predict_start(self) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from rtrl_moe_pl.modules.figures import Stopwatch
 from rtrl_moe_pl.reasoning.etrm import Supervision
 from rtrl_moe_pl.reasoning.losses import StepLoss
-from rtrl_moe_pl.tasks.puzzles import IGNORED
 
 _PER_ROW = ("loss", "answer_loss", "q_halt_loss", "kl", "gradient_coverage")
 _AT_HALT = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")
@@ -40,15 +39,11 @@ class ReasoningFigures(Stopwatch):
             reached: how many rows' loss reached the encoder, 0-dim.
             halted: [B] bool, which lanes are done after it.
         """
-        puzzles, answer, steps = made.carry.puzzles, made.answer, made.carry.steps
-        asked = puzzles.labels != IGNORED
-        valid = asked.any(-1)
+        valid, steps = made.carry.puzzles.valid, made.carry.steps
         kl = made.encoding.kl
         rows = (total, loss.answer.sum(), loss.halt.sum(), total.new_zeros(()) if kl is None else kl.sum(), reached)
-        right = (answer.logits.argmax(-1) == puzzles.labels) & asked
-        share = right.sum(-1) / asked.sum(-1).clamp(min=1)
         done = halted & valid
-        by_row = (share, loss.correct, (answer.halt >= 0) == loss.correct, steps)
+        by_row = (loss.accuracy, loss.correct, (made.answer.halt >= 0) == loss.correct, steps)
         self._variational = kl is not None
         with torch.no_grad():
             self._rows = self._rows + torch.stack([*rows, valid.sum()]).double()

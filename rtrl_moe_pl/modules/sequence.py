@@ -45,6 +45,8 @@ class SequenceModule(ManualModule):
         ValueError: if readout and cell, or algorithm and data, do not fit.
     """
 
+    _figures: TrainingFigures
+
     def __init__(
         self,
         cell: Cell | nn.Module,
@@ -82,10 +84,6 @@ class SequenceModule(ManualModule):
                 f"{self.gradient!r} differentiates whole sequences, but data.layout is {layout!r}: "
                 "set data.layout to 'sequences', or use TBPTT or RTRL"
             )
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self._figures.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         inputs, targets, starts = batch.inputs, tuple(batch.targets), batch.starts  # a DataLoader makes lists of tuples
@@ -156,16 +154,6 @@ class SequenceModule(ManualModule):
         unnamed = ["", *map(str, range(1, len(loaders)))]
         self._evaluation_names = list(getattr(trainer.datamodule, "validation_names", unnamed))
         self.evaluations = nn.ModuleList(EvaluationFigures() for _ in loaders).to(self.device)
-
-    def on_validation_start(self) -> None:
-        self._figures.pause()  # validation is not counted in tokens per second
-        self._start_evaluation()
-
-    def on_validation_end(self) -> None:
-        self._figures.resume()
-
-    def on_test_start(self) -> None:
-        self._start_evaluation()
 
     def on_predict_start(self) -> None:
         self._evaluated = None

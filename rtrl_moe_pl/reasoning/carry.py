@@ -81,13 +81,12 @@ class Carry:
 
     def to(self, device: torch.device) -> Carry:
         """The same on another device."""
-        moved = {
-            name: [t.to(device) for t in value] if isinstance(value, list) else value
-            for name, value in self.state_dict().items()
-        }
-        return Carry.from_state_dict(
-            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in moved.items()}
-        )
+
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
+
+        rest = {name: moved(getattr(self, name)) for name in ("steps", "halted", "index", "context", "encoder_state")}
+        return replace(self, latents=self.latents.to(device), puzzles=self.puzzles.to(device), **rest)
 
 
 class Halting:

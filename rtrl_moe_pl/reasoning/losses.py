@@ -18,6 +18,7 @@ class StepLoss(NamedTuple):
 
     answer: Tensor  # mean over the row's asked cells
     halt: Tensor  # of q_halt (and q_continue)
+    accuracy: Tensor  # share of the row's asked cells that are right
     correct: Tensor  # bool: every asked cell is right, and there is one
 
     def total(self, halt_weight: float) -> Tensor:
@@ -41,6 +42,12 @@ def correct_rows(predictions: Tensor, labels: Tensor) -> Tensor:
     """[.., B] bool: rows in which every asked cell is right; rows without an asked cell are padding, and not right."""
     asked = labels != IGNORED
     return ((predictions == labels) | ~asked).all(-1) & asked.any(-1)
+
+
+def cell_accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
+    """[B]: the share of each row's asked cells that are right; 0 for padding."""
+    asked = labels != IGNORED
+    return ((predictions == labels) & asked).sum(-1) / asked.sum(-1).clamp(min=1)
 
 
 class ReasoningLoss(nn.Module):
@@ -74,8 +81,9 @@ class ReasoningLoss(nn.Module):
         log = log_stablemax(answer.logits) if self.cross_entropy == "stablemax" else answer.logits.log_softmax(-1)
         nll = -log.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * asked
         per_row = (nll.sum(-1) / asked.sum(-1).clamp(min=1)).to(answer.logits.dtype)
-        correct = correct_rows(answer.logits.argmax(-1), labels)
+        predictions = answer.logits.argmax(-1)
+        correct = correct_rows(predictions, labels)
         halt = functional.binary_cross_entropy_with_logits(answer.halt, correct.to(answer.halt.dtype), reduction="none")
         if go_on_target is not None:
             halt = halt + functional.binary_cross_entropy_with_logits(answer.go_on, go_on_target, reduction="none")
-        return StepLoss(per_row, halt * valid, correct)
+        return StepLoss(per_row, halt * valid, cell_accuracy(predictions, labels), correct)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torchmetrics import Metric
 
 from rtrl_moe_pl.reasoning.etrm import Thoughts
-from rtrl_moe_pl.reasoning.losses import correct_rows
+from rtrl_moe_pl.reasoning.losses import cell_accuracy, correct_rows
 from rtrl_moe_pl.tasks.puzzles import IGNORED
 
 
@@ -63,11 +63,10 @@ class PuzzleMetrics(Metric):
 
     def update(self, thoughts: Thoughts, labels: Tensor) -> None:
         """Add B puzzles with labels [B, S]."""
-        asked = labels != IGNORED
-        valid = asked.any(-1)
+        valid = (labels != IGNORED).any(-1)
         exact = correct_rows(thoughts.predictions, labels)  # [N, B]
         halted = thoughts.halted_at(self.max_steps)
-        right = ((thoughts.at(halted) == labels) & asked).sum(-1) / asked.sum(-1).clamp(min=1)
+        right = cell_accuracy(thoughts.at(halted), labels)
 
         def at(step: Tensor) -> Tensor:
             return exact.gather(0, step[None])[0]

@@ -23,6 +23,9 @@ class Latents(NamedTuple):
     high: Tensor  # z_H, from which the answer is read
     low: Tensor  # z_L, the scratchpad
 
+    def to(self, device: torch.device) -> Latents:
+        return Latents(self.high.to(device), self.low.to(device))
+
     def detach(self) -> Latents:
         return Latents(self.high.detach(), self.low.detach())
 

@@ -20,6 +20,10 @@ class _ComposedEncoder(Encoder):
         super().__init__(shape, width, prefix)
         self.trunk, self.head = trunk, head
 
+    @staticmethod
+    def _head(width: int, prefix: int, heads: int, expansion: float) -> Head:
+        return QueryHead(width, prefix, heads, expansion)
+
     @property
     def noise_size(self) -> int:
         return self.head.noise_size
@@ -54,7 +58,7 @@ class StandardEncoder(_ComposedEncoder):
         expansion: float = 4.0,
     ) -> None:
         trunk = PooledTrunk(shape, width, layers, heads, expansion, pool)
-        super().__init__(shape, width, prefix, trunk, QueryHead(width, prefix, heads, expansion))
+        super().__init__(shape, width, prefix, trunk, self._head(width, prefix, heads, expansion))
 
 
 class HybridEncoder(_ComposedEncoder):
@@ -69,10 +73,10 @@ class HybridEncoder(_ComposedEncoder):
         self, shape: PuzzleShape, width: int, prefix: int, layers: int = 4, heads: int = 4, expansion: float = 4.0
     ) -> None:
         trunk = CLSTrunk(shape, width, layers, heads, expansion)
-        super().__init__(shape, width, prefix, trunk, QueryHead(width, prefix, heads, expansion))
+        super().__init__(shape, width, prefix, trunk, self._head(width, prefix, heads, expansion))
 
 
-class VariationalEncoder(_ComposedEncoder):
+class VariationalEncoder(StandardEncoder):
     """As `StandardEncoder`, but the mean over demonstrations gives a normal posterior; its sample, the prefix.
 
     z = mu + exp(logvar / 2) noise has size D; without noise z = mu.
@@ -83,32 +87,19 @@ class VariationalEncoder(_ComposedEncoder):
     References: Kingma & Welling 2014, arXiv 1312.6114.
     """
 
-    def __init__(
-        self,
-        shape: PuzzleShape,
-        width: int,
-        prefix: int,
-        layers: int = 2,
-        heads: int = 4,
-        pool: str = "mean",
-        expansion: float = 4.0,
-    ) -> None:
-        trunk = PooledTrunk(shape, width, layers, heads, expansion, pool)
-        super().__init__(shape, width, prefix, trunk, VariationalHead(width, prefix))
+    @staticmethod
+    def _head(width: int, prefix: int, heads: int, expansion: float) -> Head:
+        return VariationalHead(width, prefix)
 
 
-class HybridVariationalEncoder(_ComposedEncoder):
+class HybridVariationalEncoder(HybridEncoder):
     """`VariationalEncoder` behind the deep encoder of `HybridEncoder`.
 
     Args:
         shape, width, prefix, layers, heads, expansion: see `HybridEncoder`.
     """
 
-    def __init__(
-        self, shape: PuzzleShape, width: int, prefix: int, layers: int = 4, heads: int = 4, expansion: float = 4.0
-    ) -> None:
-        trunk = CLSTrunk(shape, width, layers, heads, expansion)
-        super().__init__(shape, width, prefix, trunk, VariationalHead(width, prefix))
+    _head = staticmethod(VariationalEncoder._head)
 
 
 class LPNEncoder(_ComposedEncoder):

@@ -24,7 +24,7 @@ from rtrl_moe_pl.tasks.puzzles.arc_grids import (
     place,
     transform,
 )
-from rtrl_moe_pl.tasks.puzzles.base import IGNORED, Puzzles, PuzzleShape, PuzzleTask
+from rtrl_moe_pl.tasks.puzzles.base import IGNORED, Puzzles, PuzzleShape, PuzzleTask, dropout_rate
 from rtrl_moe_pl.tasks.puzzles.grids import DIHEDRAL, PAD
 
 SPLITS = ("held_out", "train_rules", "shuffled_demos")
@@ -125,8 +125,7 @@ class ArcPuzzles(PuzzleTask):
         at_least(0, "augmentations", self.augmentations)
         if at_least(1, "votes", self.votes) > self.augmentations > 0:
             raise ValueError(f"votes must be at most augmentations={self.augmentations}, got {self.votes}")
-        if not 0 <= self.demo_dropout < 1:
-            raise ValueError(f"demo_dropout must be a probability below 1, got {self.demo_dropout}")
+        dropout_rate("demo_dropout", self.demo_dropout)
         for task in self.tasks:
             if len(task.train) > self.max_demos:
                 raise ValueError(

@@ -33,6 +33,10 @@ class Puzzles(NamedTuple):
         """[B] bool: which rows are puzzles, not padding."""
         return (self.labels != IGNORED).any(-1)
 
+    def to(self, device: torch.device | str) -> Puzzles:
+        """The same on another device."""
+        return Puzzles(*(tensor.to(device) for tensor in self))
+
     def rows(self, index: Tensor) -> Puzzles:
         """The rows ``index`` ([n] int64 or [B] bool)."""
         return Puzzles(*(tensor[index] for tensor in self))
@@ -58,6 +62,13 @@ class PuzzleShape(NamedTuple):
     def cells(self) -> int:
         """S."""
         return self.height * self.width
+
+
+def dropout_rate(name: str, value: float) -> float:
+    """Return the value if it is a probability below 1; say in one line what is wrong if not."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be a probability below 1, got {value}")
+    return value
 
 
 class PuzzleTask(ABC):

@@ -13,7 +13,7 @@ from torch import Tensor
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.randomness import bits, integers, uniform
 from rtrl_moe_pl.tasks.base import one_of
-from rtrl_moe_pl.tasks.puzzles.base import Puzzles, PuzzleShape, PuzzleTask
+from rtrl_moe_pl.tasks.puzzles.base import Puzzles, PuzzleShape, PuzzleTask, dropout_rate
 from rtrl_moe_pl.tasks.puzzles.grids import COLOR, DIHEDRAL, dihedral
 
 FAMILIES = ("colors", "flips", "colors_and_flips", "pattern")
@@ -68,8 +68,7 @@ class RulePuzzles(PuzzleTask):
                 f"train_rules + held_out_rules must be at most {self.rules}, the number of rules of family "
                 f"{self.family!r} with {self.colors} colors, got {self.train_rules} + {self.held_out_rules}"
             )
-        if not 0 <= self.demo_dropout < 1:
-            raise ValueError(f"demo_dropout must be a probability below 1, got {self.demo_dropout}")
+        dropout_rate("demo_dropout", self.demo_dropout)
 
     @property
     def rules(self) -> int:
