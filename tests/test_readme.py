@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rtrl_moe_pl.cli import main
+from rtrl_moe_pl.data import PuzzleDemoDataModule, SudokuDataModule
 from rtrl_moe_pl.gradients import TBPTT
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,33 @@ def test_options_of_the_mixture_of_experts(tmp_path: Path) -> None:
     [saved] = tmp_path.rglob("lightning_logs/version_0/config.yaml")
     for key in ("drift_penalty: 0.01", "SlotAttention", "RoutingPicture", "TemperatureAnnealing"):
         assert key in saved.read_text()
+
+
+def test_options_of_reasoning(tmp_path: Path) -> None:
+    block = "".join(
+        line
+        for line in blocks(REASONING, "yaml")[0].splitlines(keepends=True)
+        if "encoder_lr" not in line
+        and "pretrained" not in line  # one excludes another option, one needs a run
+    )
+    (tmp_path / "mine.yaml").write_text(block)
+    options = ["--model.encoder", "PuzzleEmbedding", "--data.validation_size", "4", "--data.batch_size", "4"]
+    options += ["--trainer.max_steps", "2", "--trainer.default_root_dir", str(tmp_path)]
+    config = str(ROOT / "configs/etrm_color_rules.yaml")
+    assert main(["fit", "--config", config, "--config", str(tmp_path / "mine.yaml"), *options]) == 0
+    [saved] = tmp_path.rglob("lightning_logs/version_0/config.yaml")
+    for key in ("AdamATan2", "SignSGD", "Freeze", "EMA"):
+        assert key in saved.read_text()
+
+
+def test_the_examples_are_puzzles() -> None:
+    examples = ROOT / "docs/examples"
+    colors = PuzzleDemoDataModule(puzzle=str(examples / "color_puzzle.json")).questions
+    assert colors is not None
+    assert colors.demo_mask.sum().item() == 3
+    sudoku = SudokuDataModule(puzzle=str(examples / "sudoku.json")).questions
+    assert sudoku is not None
+    assert sudoku.inputs.shape == (1, 16)
 
 
 def test_every_file_named_exists() -> None:

@@ -21,7 +21,8 @@ class PairTokenEncoder(Encoder):
 
     Args:
         shape, width, prefix: see `Encoder`; given by the module.
-        layers: post-norm blocks over a demonstration's tokens.
+        layers: post-norm blocks over a demonstration's tokens; 0: the queries read the pairs themselves, enough where a
+            rule treats every cell alone, and then learned sooner.
         heads: of every attention.
         expansion: of the SwiGLU layers.
 

@@ -52,7 +52,8 @@ class TokenTrunk(nn.Module):
         super().__init__()
         self.tokens = DemoTokens(shape, width, paired)
         self.blocks = nn.ModuleList(
-            Block(width, Attention(width, heads), expansion) for _ in range(at_least(1, "layers", layers))
+            Block(width, Attention(width, heads), expansion)
+            for _ in range(at_least(0 if paired else 1, "layers", layers))
         )
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:  # [N, S], [N, S] -> [N, T, D]

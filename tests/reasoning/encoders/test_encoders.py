@@ -260,6 +260,19 @@ def test_every_parameter_of_the_iterative_encoder_gets_a_gradient_in_every_call(
     assert bool(state.grad.flatten(1).any(1).all())
 
 
+@pytest.mark.parametrize("layers", [0, 1])
+def test_without_layers_queries_read_the_pairs_themselves(layers: int):
+    """Which demonstration a pair of cells is in makes no difference, but for layers within a demonstration."""
+    encoder, puzzles = PairTokenEncoder(SHAPE, WIDTH, PREFIX, layers=layers).double(), puzzles_of(torch.ones(3, 4) > 0)
+    order = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(i)) for i in range(SHAPE.cells)], 1)
+    order = order.expand(3, -1, -1)  # another one at every position
+    mixed = puzzles._replace(
+        demo_inputs=puzzles.demo_inputs.gather(1, order), demo_labels=puzzles.demo_labels.gather(1, order)
+    )
+    assert not torch.equal(mixed.demo_inputs, puzzles.demo_inputs)
+    assert close(encoder(mixed).context, encoder(puzzles).context) == (layers == 0)
+
+
 def test_the_state_stays_bounded():
     encoder, puzzles, state = make("iterative"), puzzles_of(), None
     with torch.no_grad():
@@ -285,6 +298,7 @@ def test_the_puzzle_embedding_knows_the_identity_and_nothing_else():
         (StandardEncoder, {"pool": "max"}, "pool must be one of 'mean', 'attention', 'weighted', got 'max'"),
         (VariationalEncoder, {"layers": 0}, "layers must be at least 1, got 0"),
         (HybridEncoder, {"layers": 0}, "layers must be at least 1, got 0"),
+        (PairTokenEncoder, {"layers": -1}, "layers must be at least 0, got -1"),
         (LPNEncoder, {"latent_size": 0}, "latent_size must be at least 1, got 0"),
         (IterativeEncoder, {"heads": 3}, "width must be a multiple of heads, got width=16 and heads=3"),
     ],
