@@ -20,6 +20,11 @@ import torch
 from benchmarks.command import ROOT, run, train_all
 from benchmarks.common import machine
 
+AUGMENTED = [  # all tasks of such a size, eight votes per test input
+    *("--data.groups", "null", "--data.colors", "true", "--data.dihedral", "true", "--data.translate", "true"),
+    *("--data.votes", "8", "--data.batch_size", "128", "--data.batches_per_epoch", "1000"),
+    *("--trainer.max_steps", "2000", "--model.lr_scheduler.total_steps", "2000"),
+]
 JOBS: dict[str, tuple[str, list[str]]] = {
     "colors re_encode": ("etrm_color_rules", []),
     "colors fixed_time": ("etrm_color_rules", ["--model.mode", "fixed_time"]),
@@ -30,6 +35,7 @@ JOBS: dict[str, tuple[str, list[str]]] = {
     "9 x 9 sudoku": ("trm_sudoku9", []),
     "maze": ("trm_maze", []),
     "arc": ("etrm_arc", []),
+    "arc, augmented": ("etrm_arc", AUGMENTED),
 }
 TAGS = {  # of the log: a short name
     "val/held_out/exact_accuracy": "held_out",
