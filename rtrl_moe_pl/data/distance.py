@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +113,7 @@ class AccuracyByDistance(Callback):
         if not asked or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         title = f"validation {when(trainer)}" if stage == "val" else split
-        figure = draw(asked, 1 / data.task.num_classes, title)
+        figure = partial(draw, asked, 1 / data.task.num_classes, title)
         show(figure, trainer, folder, stage, "accuracy_by_distance", dpi=120)
 
     def _table(self, name: str, right: Tensor, total: Tensor) -> Distances:

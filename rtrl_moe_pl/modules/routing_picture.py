@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -146,8 +147,8 @@ class RoutingPicture(Callback):
         self.latest = trace(cell, inputs)
         task = getattr(trainer.datamodule, "task", None)  # type: ignore[attr-defined]
         marks = task.marks(inputs if inputs.ndim == 1 else inputs.argmax(-1)) if isinstance(task, Task) else {}
-        figure = draw(cell, self.latest, f"the first {len(inputs)} steps of one lane, {when(trainer)}", marks)
-        show(figure, trainer, folder, "val", "routing", dpi=110)
+        title = f"the first {len(inputs)} steps of one lane, {when(trainer)}"
+        show(partial(draw, cell, self.latest, title, marks), trainer, folder, "val", "routing", dpi=110)
 
 
 def cost_table(cell: RoutedCell, trace: Trace) -> list[tuple[str, float, float]]:

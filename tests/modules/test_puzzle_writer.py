@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from matplotlib.figure import Figure
 
 from rtrl_moe_pl.data import PuzzleDataModule
+from rtrl_moe_pl.data.puzzles import PuzzleBatch
 from rtrl_moe_pl.modules import ReasoningModule
+from rtrl_moe_pl.modules.puzzle_drawing import puzzle_figure
 from rtrl_moe_pl.modules.puzzle_writer import PuzzleWriter
 from rtrl_moe_pl.reasoning import PuzzleEmbedding
 from rtrl_moe_pl.tasks.puzzles import IGNORED, Puzzles
@@ -61,7 +65,7 @@ def expected(model: ReasoningModule, puzzles: Puzzles) -> list[dict[str, Any]]:
         said = thoughts.predictions[step, row]
         probability = float(torch.tensor(halt[step]).sigmoid())
         answer = {"puzzle": row, "answer": (said - 2).clamp(min=-1).view(2, 2).tolist(), "step": step + 1}
-        answer["probability"] = pytest.approx(probability, abs=1e-4)
+        answer["q_halt_probability"] = pytest.approx(probability, abs=1e-4)
         if puzzles.labels[row, 0] != IGNORED:
             answer["correct"] = torch.equal(said, puzzles.labels[row])
         answers.append(answer)
@@ -109,6 +113,8 @@ def test_the_first_few_are_printed_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("rtrl_moe_pl.modules.puzzle_writer.SHOWN", 4)  # more than a batch of three
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
     found = predict(tmp_path, thoughtful(), data())
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"prediction_{i}.png" for i in range(4)]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in tmp_path.glob("*.png"))
@@ -116,53 +122,150 @@ def test_the_first_few_are_printed_and_drawn(
     assert "\x1b[48;2;" in printed
     heads = [line for line in plain(printed).splitlines() if line.startswith("puzzle ")]
     assert heads == [
-        f"puzzle {answer['puzzle']}: query, and the answer of step {answer['step']}, {answer['probability']:.0%} sure, "
-        f"{'right' if answer['correct'] else 'wrong'}"
+        f"puzzle {answer['puzzle']}: answer of step {answer['step']}, "
+        f"q_halt probability {answer['q_halt_probability']:.0%}, {'right' if answer['correct'] else 'wrong'}"
         for answer in found[:4]
     ]
-    assert plain(printed).rstrip().endswith(f"predictions: {tmp_path / 'predictions.json'}")
+    assert plain(printed).splitlines()[-2:] == [
+        "only the first 4 puzzles are shown and drawn",
+        f"predictions: {tmp_path / 'predictions.json'}",
+    ]
 
 
 def test_a_question_is_printed_with_its_answer_as_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     puzzles = data(puzzle=saved(tmp_path / "a", {"input": [[2, 1], [0, 1]]}))
     (tmp_path / "runs").mkdir()
     [answer] = predict(tmp_path / "runs", thoughtful(), puzzles)
-    lines = [line.strip() for line in plain(capsys.readouterr().out).splitlines()]
-    first = next(i for i, line in enumerate(lines) if line.startswith("puzzle 0: query"))
-    assert lines[first].endswith("% sure")  # neither right nor wrong
+    printed = capsys.readouterr().out
+    lines = [line.strip() for line in printed.splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("puzzle 0: answer of step"))
+    assert lines[first].endswith("%")  # neither right nor wrong
     rows = ["  ".join(map(str, row)) for row in answer["answer"]]
-    assert lines[first + 1 : first + 6] == ["2  1", "0  1", "", *rows]
+    assert lines[first + 1 : first + 7] == ["query:", "2  1", "0  1", "", "answer:", *rows[:1]]
+    assert "only the first" not in printed
+
+
+@pytest.mark.parametrize(("terminal", "no_color"), [(False, ""), (True, "1")], ids=["a pipe", "NO_COLOR"])
+def test_without_colours_there_are_symbols_alone(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: bool,
+    no_color: str,
+) -> None:
+    """Regression: a file or pipe got colour codes."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    predict(tmp_path, thoughtful(), data(validation_size=1))
+    printed = capsys.readouterr().out
+    assert "query:" in printed
+    assert "\x1b" not in printed
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What is drawn, without drawing it."""
+    drawn: list[tuple[Any, ...]] = []
+
+    def draw(*arguments: Any) -> Figure:
+        drawn.append(arguments)
+        return Figure()
+
+    monkeypatch.setattr("rtrl_moe_pl.modules.puzzle_writer.puzzle_figure", draw)
+    return drawn
+
+
+def test_a_picture_says_which_puzzle_it_is_how_it_was_answered_and_by_which_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, model, puzzles = watched(monkeypatch), thoughtful(), data()
+    made = trainer(tmp_path, callbacks=[PuzzleWriter()], max_steps=1)
+    made.fit(model, datamodule=puzzles)
+    made.save_checkpoint(tmp_path / "best-step=1.ckpt")
+    made = trainer(tmp_path, callbacks=[PuzzleWriter()])
+    made.predict(
+        model, datamodule=puzzles, ckpt_path=tmp_path / "best-step=1.ckpt", return_predictions=False, weights_only=True
+    )
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    asked = puzzles.task.draw("held_out", puzzles.evaluation_seed, torch.arange(7))
+    for answer, (task, shown, thoughts, step, names, title) in zip(found, drawn, strict=True):
+        assert (task, names, step.tolist()) == (puzzles.task, [""], [answer["step"] - 1])
+        assert torch.equal(shown.inputs[0], asked.inputs[answer["puzzle"]])
+        assert task.to_grid(thoughts.at(step)[0]) == answer["answer"]
+        assert title == (
+            f"puzzle {answer['puzzle']}: answer of step {answer['step']}, q_halt probability "
+            f"{answer['q_halt_probability']:.0%}, {'right' if answer['correct'] else 'wrong'}, "
+            "with the weights of best-step=1.ckpt"
+        )
 
 
 def test_of_an_arc_answer_only_what_is_the_answer_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model is trained on nothing outside of a grid's border: there it says anything."""
-    drawn: list[torch.Tensor] = []
-
-    def watched(puzzles: Puzzles, thoughts: Any, *arguments: Any) -> Any:
-        drawn.append(thoughts.predictions)
-        return type("Figure", (), {"savefig": lambda *_, **__: None})()
-
-    monkeypatch.setattr("rtrl_moe_pl.modules.puzzle_writer.puzzle_figure", watched)
+    drawn = watched(monkeypatch)
     puzzles = arc_data(tmp_path / "arc", {"a": content(5)})
     (tmp_path / "runs").mkdir()
     [found] = predict(tmp_path / "runs", Oracle(puzzles), puzzles)
     assert (found["answer"], found["correct"], found["step"]) == ([[5, 0, 2]], True, 2)
-    lines = [line.strip() for line in plain(capsys.readouterr().out).splitlines()]
-    first = next(i for i, line in enumerate(lines) if line.startswith("puzzle 0: query"))
-    assert lines[first + 3 : first + 6] == ["5  0  2", "", f"predictions: {tmp_path / 'runs' / 'predictions.json'}"]
-    assert (drawn[0][1, 0].view(4, 4) != 0).sum() > 7  # what is known to be asked for the figure itself masks
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    first = lines.index("answer:")
+    assert lines[first : first + 3] == ["answer:", "5  0  2", ""]
 
     question = tmp_path / "question.json"
     question.write_text(json.dumps(content(5, answered=False)))
     puzzles = arc_data(tmp_path / "arc", {"a": content(5)}, puzzle=str(question))
     (tmp_path / "again").mkdir()
     [found] = predict(tmp_path / "again", Oracle(puzzles), puzzles)
-    shown = torch.tensor(found["answer"])
-    canvas = drawn[1][1, 0].view(4, 4)
-    assert torch.equal(canvas[: shown.shape[0], : shown.shape[1]], 2 + shown)
-    assert int((canvas != 0).sum()) == shown.numel()
+    [_, (task, shown, thoughts, step, *titles)] = drawn
+    assert (thoughts.at(step) != 0).all()  # noise
+    [axes] = puzzle_figure(task, shown, thoughts, step, *titles).axes
+    [cells] = [artist for artist in axes.collections if artist.get_gid() == "cells"]
+    pairs = 3 * 2 * 3 + 3
+    by_step = [sum(map(len, task.to_grid(tokens))) for tokens in thoughts.predictions[:, 0]]
+    assert len(cells.get_paths()) == pairs + sum(by_step)  # demonstrations and query, and answers alone
+
+
+def test_all_answers_are_written_before_a_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: a fault of a picture lost all predictions."""
+
+    def broken(*arguments: Any) -> Figure:
+        assert len(json.loads((tmp_path / "predictions.json").read_text())) == 7
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rtrl_moe_pl.modules.puzzle_writer.puzzle_figure", broken)
+    monkeypatch.setattr("rtrl_moe_pl.modules.puzzle_writer.SHOWN", 1)
+    with pytest.warns(UserWarning, match=r"no picture .*prediction_0\.png, but the run goes on: OSError: \[Errno 28\]"):
+        assert len(predict(tmp_path, thoughtful(), data())) == 7
+
+
+def test_answers_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
+    class Full(PuzzleWriter):
+        def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+            super().on_predict_start(trainer, pl_module)
+            self.path = tmp_path / "gone/predictions.json"
+
+    with pytest.raises(OSError, match="gone"):
+        trainer(tmp_path, callbacks=[Full()]).predict(thoughtful(), datamodule=data(), return_predictions=False)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_names_all_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    monkeypatch.setattr(Trainer, "global_rank", rank)
+    monkeypatch.setattr(Trainer, "is_global_zero", rank == 0)
+    writer, made = PuzzleWriter(), trainer(tmp_path)
+    puzzles, model = data(), thoughtful()
+    made.datamodule = puzzles  # type: ignore[attr-defined]
+    writer.on_predict_start(made, model)
+    asked = puzzles.task.draw("held_out", 0, torch.arange(2))
+    writer.on_predict_batch_end(made, model, model(asked), PuzzleBatch(torch.arange(2), asked), 0)
+    writer.on_predict_end(made, model)
+    assert [path.name for path in tmp_path.glob("*.json")] == [f"predictions_rank{rank}.json"]
+    last = capsys.readouterr().out.splitlines()[-2:]
+    everything = f"predictions: {tmp_path / 'predictions_rank*.json'}"
+    assert last == ([] if rank else ["only the first 2 puzzles of rank 0 are shown and drawn", everything])
 
 
 def test_nothing_is_written_over_and_nothing_predicted_in_vain(tmp_path: Path) -> None:

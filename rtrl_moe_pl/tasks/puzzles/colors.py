@@ -1,4 +1,4 @@
-"""How tokens look: colours for pictures and the terminal, symbols where a colour does not tell enough."""
+"""How tokens look: colours for pictures and the terminal, symbols where there are none or they do not tell enough."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class Look(NamedTuple):
     """Of each token of a vocabulary."""
 
     colors: tuple[str, ...]  # as matplotlib takes them
-    symbols: tuple[str, ...]  # at most two characters, "" for none
+    symbols: tuple[str, ...]  # a character, "" for none; one that is no letter or digit only stands in for its colour
+    box: tuple[int, int] | None = None  # rows and columns of cells that are set apart by thicker lines
 
     @staticmethod
     def of_grids(vocabulary: int) -> Look:
@@ -24,15 +25,18 @@ class Look(NamedTuple):
         return Look(colors, ("", "", *map(str, range(10)))[:vocabulary])
 
 
-def in_terminal(grid: Tensor, look: Look) -> str:
-    """Lines of coloured cells with their symbols (readable without colours, too) for tokens [H, W]."""
+def in_terminal(grid: Tensor, look: Look, colored: bool) -> str:
+    """Lines of cells for tokens [H, W]: coloured, or symbols alone, where colour codes would be noise (a file)."""
+    if not colored:
+        return "\n".join("".join(f"{look.symbols[token]:^3}" for token in row).rstrip() for row in grid.tolist())
     return "\n".join("".join(_cell(look, token) for token in row) + _RESET for row in grid.tolist())
 
 
 def _cell(look: Look, token: int) -> str:
+    symbol = look.symbols[token] if look.symbols[token].isalnum() else ""
     red, green, blue = (round(255 * part) for part in to_rgb(look.colors[token]))
     ink = 30 if is_bright(look.colors[token]) else 97
-    return f"\x1b[48;2;{red};{green};{blue};{ink}m{look.symbols[token]:^3}"
+    return f"\x1b[48;2;{red};{green};{blue};{ink}m{symbol:^3}"
 
 
 def is_bright(color: str) -> bool:

@@ -65,7 +65,8 @@ class Maze(PuzzleTask):
 
     @property
     def look(self) -> Look:
-        return Look(("#ffffff", "#000000", "#ffffff", "#2ecc40", "#ff4136", "#ffdc00"), ("", "", "", "S", "G", ""))
+        colors = ("#ffffff", "#000000", "#ffffff", "#2ecc40", "#ff4136", "#ffdc00")
+        return Look(colors, ("", "#", "", "S", "G", "."))
 
     @property
     def evaluation_splits(self) -> tuple[str, ...]:

@@ -100,7 +100,8 @@ class Sudoku(PuzzleTask):
 
     @property
     def look(self) -> Look:
-        return Look(("#e8e8e8", *["#ffffff"] * (1 + self.size)), ("", "", *map(str, range(1, 1 + self.size))))
+        colors = ("#e8e8e8", *["#ffffff"] * (1 + self.size))
+        return Look(colors, ("", ".", *map(str, range(1, 1 + self.size))), BOXES[self.size])
 
     def count(self, split: str) -> int | None:
         return self.held_out if split == "held_out" else None
