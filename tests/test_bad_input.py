@@ -50,7 +50,7 @@ CASES = [
     (
         "second callback",
         [*("--trainer.callbacks+=RoutingPicture", "--trainer.callbacks+=TemperatureAnnealing"), *BATCHES_0],
-        ["batches must be at least 1, got 0"],
+        ["trainer.callbacks.batches must be at least 1, got 0"],
     ),
     (
         "class that is not in its module",
@@ -72,7 +72,7 @@ CASES = [
     ),
     ("wrong choice", [f"{DATA}.layout", "packed"], ["data.layout", "'stream', 'sequences'", "packed"]),
     ("missing config", ["--config", "gone.yaml"], ["config", "gone.yaml"]),
-    ("window 0", ["--model.gradient.window", "0"], ["window", "at least 1", "got 0"]),
+    ("window 0", ["--model.gradient.window", "0"], ["model.gradient.window", "at least 1", "got 0"]),
     ("negative window", ["--model.gradient.window", "-2"], ["window", "at least 1", "got -2"]),
     (
         "TBPTT window 0",
@@ -94,16 +94,48 @@ CASES = [
     ),
     ("float16", ["--trainer.precision", "16-mixed"], ["trainer.precision=16-mixed", "bf16-mixed"]),
     ("gradient_clip 0", ["--model.gradient_clip", "0"], ["gradient_clip must be positive", "got 0"]),
-    ("update_every 0", ["--model.update_every", "0"], ["update_every must be at least 1", "got 0"]),
+    ("update_every 0", ["--model.update_every", "0"], ["model.update_every must be at least 1", "got 0"]),
     ("influence too large", [f"{CELL}.hidden_size", "5000"], ["RTRL(window=4)", "influence matrix", "free", "TBPTT"]),
-    ("empty task", [f"{DATA}.n_max", "1"], ["n_max", "at least 2", "got 1"]),
-    ("no lanes", [f"{DATA}.batch_size", "0"], ["batch_size", "at least 1", "got 0"]),
-    ("hidden_size 0", [f"{CELL}.hidden_size", "0"], ["hidden_size", "at least 1", "got 0"]),
+    ("empty task", [f"{DATA}.n_max", "1"], ["data.n_max", "at least 2", "got 1"]),
+    ("no lanes", [f"{DATA}.batch_size", "0"], ["data.batch_size must be at least 1, got 0"]),
+    ("hidden_size 0", [f"{CELL}.hidden_size", "0"], ["model.cell.hidden_size must be at least 1, got 0"]),
     ("no checkpoint", ["--ckpt_path", "gone.ckpt"], ["--ckpt_path", "no file gone.ckpt"]),
     ("no last checkpoint", ["--ckpt_path", "last"], ["--ckpt_path last", "no complete checkpoint"]),
     ("folder", ["--trainer.default_root_dir", "config.yaml/runs"], ["trainer.default_root_dir", "config.yaml/runs"]),
     ("threads", ["--threads", "0"], ["threads must be at least 1", "got 0"]),
     ("device", ["--trainer.devices", "many"], ["trainer.devices", "many"]),
+    (
+        "unknown callback",
+        ["--trainer.callbacks+=Freezes"],
+        ["trainer.callbacks: there is no class", "give Accuracy", "Timer"],
+    ),
+    ("unknown model", ["--model=Sequences"], ["model: there is no class", "give ReasoningModule, SequenceModule, or"]),
+    ("unknown data", ["--data=AnBn"], ["data: there is no class", "give AnBnDataModule, ", "SudokuDataModule, or"]),
+    ("unknown logger", ["--trainer.logger=Board"], ["trainer.logger: there is no class", "TensorBoardLogger"]),
+    (
+        "missing option of a scheduler",
+        ["--model.lr_scheduler=StepLR"],
+        ["model.lr_scheduler: step_size is missing: StepLR takes optimizer, step_size, gamma"],
+    ),
+    (
+        "schedule that is too short",
+        ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1", "--model.lr_scheduler.total_steps=9"],
+        ["model.lr_scheduler: OneCycleLR ends after total_steps=9, before trainer.max_steps=10"],
+    ),
+    ("negative lr", ["--model.optimizer.lr=-1"], ["model.optimizer: Invalid learning rate: -1"]),
+    ("never a checkpoint", ["--checkpoint.every_n_epochs=0"], ["checkpoint.every_n_epochs must be at least 1, got 0"]),
+    ("unknown mode", ["--checkpoint.mode=best"], ["checkpoint: `mode` can be min, max but got best"]),
+    ("negative seed", ["--seed_everything=-1"], ["seed_everything must be at least 0 and below 2^32, got -1"]),
+    (
+        "figure that is not logged, by the sanity check",
+        ["--checkpoint.monitor=val/acuracy", "--trainer.check_val_every_n_epoch=3"],
+        ["checkpoint.monitor: nothing logs 'val/acuracy': give one of epoch, step, val/accuracy, val/accuracy_2x"],
+    ),
+    (
+        "figure that is not logged, by the first validation",
+        ["--checkpoint.monitor=val/quality"],
+        ["checkpoint.monitor: nothing logs 'val/quality'", "train/accuracy", "val/accuracy"],
+    ),
 ]
 
 
@@ -159,12 +191,41 @@ def test_refused(here: Path, capsys: pytest.CaptureFixture[str], arguments: list
         (CONFIG.replace("    gradient:", "    gradients:"), ["unknown key model.gradients", "gradient"]),
         ("model: [", ["--config", "not a YAML mapping", "line"]),
         ("", ["--config", "mapping", "empty"]),
+        ("[]", ["--config", "mapping", "[]"]),
+        ("\xff", ["--config: the file is not a text in UTF-8"]),
     ],
 )
 def test_bad_configuration_files(here: Path, capsys: pytest.CaptureFixture[str], text: str, parts: list[str]) -> None:
-    (here / "config.yaml").write_text(text)
+    (here / "config.yaml").write_text(text, encoding="latin1")
     refused(capsys, ["fit", "--config", "config.yaml"], parts)
-    assert contents(here) == {"config.yaml": text.encode()}
+    assert contents(here) == {"config.yaml": text.encode("latin1")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "no data and model given: name a configuration that has them, --config FILE"),
+        (["--config", "."], "config: Path is not a file"),
+        (["--unknown_option", "x"], "unknown key unknown_option"),
+        (["--config", "config.yaml", "--ckpt_path", "."], "--ckpt_path: there is no file ."),
+    ],
+)
+def test_bad_command_lines(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str) -> None:
+    refused(capsys, ["fit", *arguments], [part])
+
+
+@pytest.mark.parametrize("options", [["--trainer.max_steps=3"], ["--checkpoint.every_n_train_steps=2"]])
+def test_a_figure_that_is_not_known_yet_is_no_fault(
+    here: Path, recwarn: pytest.WarningsRecorder, options: list[str]
+) -> None:
+    """The end, or a checkpoint, comes before the first validation."""
+    assert main(["fit", "--config", "config.yaml", *options]) == 0
+    assert not [str(warning.message) for warning in recwarn if "ModelCheckpoint" in str(warning.message)]
+
+
+def test_a_figure_of_training_is_not_looked_for_in_the_sanity_check(here: Path) -> None:
+    assert main(["fit", "--config", "config.yaml", "--checkpoint.monitor=train/loss", "--checkpoint.mode=min"]) == 0
+    assert list(here.rglob("best-*.ckpt"))
 
 
 def truncated(path: Path) -> None:

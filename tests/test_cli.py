@@ -219,7 +219,7 @@ def test_debug_shows_the_traceback(here: Path, capsys: pytest.CaptureFixture[str
     assert run("fit", "--model.gradient.window", "0", "--debug") == 1
     captured = capsys.readouterr().err
     assert "Traceback" in captured
-    assert captured.splitlines()[-1].startswith("error: window must be")
+    assert captured.splitlines()[-1].startswith("error: model.gradient.window must be")
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_a_question_is_answered(fitted: Path, here: Path, capsys: pytest.Capture
     [path] = here.rglob("predictions.json")
     assert re.search(r"--ckpt_path last: .*last\.ckpt", printed)
     assert f"predictions: {path}" in printed
-    assert len(re.findall(r"^puzzle \d: query, and the answer of step \d, \d+% sure", printed, re.MULTILINE)) == 2
+    assert len(re.findall(r"^puzzle \d: answer of step \d, q_halt probability \d+%", printed, re.MULTILINE)) == 2
     answers = json.loads(path.read_text())
     assert [answer["puzzle"] for answer in answers] == [0, 1]
     assert ["correct" in answer for answer in answers] == [False, True]
@@ -98,6 +98,11 @@ def test_a_checkpoint_is_evaluated(
     for split in ("held_out", "train_rules", "shuffled_demos"):
         assert f"{stage}/{split}/exact_accuracy" in printed
     assert f"{stage}/held_out/exact_accuracy_6_steps" in printed
+    figures = re.findall(rf"^({stage}/\S+) +\d", printed, re.MULTILINE)
+    assert len(figures) == len(set(figures)) == 3 * 8  # each once, with its whole name
+    assert "Metric" not in printed
+    assert run(command, "--ckpt_path", last(fitted), *plain, "--verbose=false") == 0
+    assert f"{stage}/" not in capsys.readouterr().out
 
 
 def test_training_begins_with_a_decoder_that_was_trained(fitted: Path, here: Path) -> None:
@@ -145,18 +150,39 @@ CASES: list[tuple[str, str, list[str], list[str]]] = [
         ["--model.mode=online"],
         ["model.mode: needs one of 're_encode', 'fixed_time', 'cached', got online"],
     ),
-    ("no steps", "fit", ["--model.halting.max_steps=0"], ["max_steps must be at least 1, got 0"]),
+    ("no steps", "fit", ["--model.halting.max_steps=0"], ["error: model.halting.max_steps must be at least 1, got 0"]),
+    ("negative weight", "fit", ["--model.kl_weight=-1"], ["model.kl_weight must be a finite number of at least 0"]),
+    (
+        "no weight",
+        "fit",
+        ["--model.kl_weight=.nan"],
+        ["model.kl_weight must be a finite number of at least 0, got nan"],
+    ),
+    ("negative rate", "fit", ["--model.encoder_lr=-1"], ["model.encoder_lr must be a finite number of at least 0"]),
+    (
+        "no demonstrations to encode",
+        "fit",
+        ["--data=SudokuDataModule"],
+        ["model.encoder: the data have no demonstrations to encode", "SudokuDataModule", "use PuzzleEmbedding"],
+    ),
+    (
+        "a figure that is not logged",
+        "fit",
+        ["--checkpoint.monitor=val/held_out/exact_acuracy"],
+        ["checkpoint.monitor: nothing logs 'val/held_out/exact_acuracy'", "val/held_out/exact_accuracy,"],
+    ),
+    ("untrained weights", "predict", [], ["predict needs trained weights: give --ckpt_path PATH, or last"]),
     (
         "unknown loss",
         "fit",
         ["--model.loss.cross_entropy=hinge"],
-        ["cross_entropy must be one of 'stablemax', 'softmax', got 'hinge'"],
+        ["model.loss.cross_entropy must be one of 'stablemax', 'softmax', got 'hinge'"],
     ),
     (
         "too many rules",
         "fit",
         ["--data.train_rules=5"],
-        ["train_rules + held_out_rules must be at most 6", "got 5 + 2"],
+        ["data.train_rules + held_out_rules must be at most 6", "got 5 + 2"],
     ),
     (
         "unknown family",
@@ -170,23 +196,29 @@ CASES: list[tuple[str, str, list[str], list[str]]] = [
         "unknown source",
         "fit",
         ["--data=ArcDataModule", "--data.source=arc3"],
-        ["source must be 'arc1', 'arc2' or a folder of ARC JSON files, got 'arc3'"],
+        ["data.source must be 'arc1', 'arc2' or a folder of ARC JSON files, got 'arc3'"],
+    ),
+    (
+        "a file for a folder",
+        "fit",
+        ["--data=ArcDataModule", "--data.source=bad.json"],
+        ["data.source must be 'arc1', 'arc2' or a folder of ARC JSON files, got 'bad.json'"],
+    ),
+    (
+        "a folder without tasks",
+        "fit",
+        ["--data=ArcDataModule", "--data.source=lightning_logs"],
+        ["data.source lightning_logs: there is no .json file in it"],
     ),
     ("no file", "predict", ["--data.puzzle=gone.json"], ["data.puzzle: there is no file gone.json", NO_PUZZLE]),
     ("a folder", "predict", ["--data.puzzle=."], ["data.puzzle: there is no file .:", NO_PUZZLE]),
-    ("not JSON", "predict", ["--data.puzzle=bad.json"], ["bad.json: not JSON: "]),
+    ("not JSON", "predict", ["--data.puzzle=bad.json"], ["error: data.puzzle: bad.json: not JSON: "]),
     ("no demonstrations", "predict", ["--data.puzzle=none.json"], ["none.json: no demonstrations: train is empty"]),
     (
         "a grid of another size",
         "predict",
         ["--data.puzzle=question.json", "--data.size=3"],
         ["question.json: train pair 1, input: the grid has 2 x 2 cells, but puzzles are 3 x 3"],
-    ),
-    (
-        "a question to an embedding",
-        "predict",
-        ["--data.puzzle=question.json", "--model.encoder=PuzzleEmbedding"],
-        ["data.puzzle: a PuzzleEmbedding knows the puzzles it was trained on and no other"],
     ),
     ("audit", "audit", [], ["audit needs a SequenceModule and data, got ReasoningModule"]),
 ]
@@ -205,7 +237,10 @@ def test_refused(
     kept.write_text("an earlier run")
     before = contents(here)
     other = any(argument.startswith(("--model.encoder=", "--data=")) for argument in arguments)
-    small = [*(MODEL if "--data=ArcDataModule" in arguments else SMALL), *(() if other else ENCODER)]
+    small = [
+        *(MODEL if any(argument.startswith("--data=") for argument in arguments) else SMALL),
+        *(() if other else ENCODER),
+    ]
     refused(capsys, [command, "--config", CONFIG, *small, *arguments], parts)
     found = contents(here)
     assert {name: found[name] for name in before} == before
@@ -218,7 +253,10 @@ def test_refused(
     [
         (["--model.decoder.l_cycles=3", *ENCODER], "decoder.l_cycles is 2 there and 3 here"),
         (["--model.decoder.heads=1", *ENCODER], "decoder.heads is 2 there and 1 here"),
-        (["--model.encoder=StandardEncoder"], "encoder is PairTokenEncoder there and StandardEncoder here"),
+        (
+            ["--model.encoder=StandardEncoder", "--model.encoder.layers=1"],
+            "encoder is PairTokenEncoder there and StandardEncoder here",
+        ),
         (["--data.colors=4", *ENCODER], "decoder.answer_head.weight is [5, 8] there and [6, 8] here"),
         (["--data.size=3", *ENCODER], "decoder.grid_height is 2 there and 3 here"),
     ],

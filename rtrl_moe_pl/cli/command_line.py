@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import rtrl_moe_pl.cells  # short class names in YAML are those of imported classes
@@ -19,20 +19,24 @@ import rtrl_moe_pl.data
 import rtrl_moe_pl.gradients
 import rtrl_moe_pl.reasoning  # noqa: F401
 from rtrl_moe_pl.cli.audit import audit
-from rtrl_moe_pl.cli.messages import one_line
+from rtrl_moe_pl.cli.messages import Maker, one_line
 from rtrl_moe_pl.modules import ManualModule, ReasoningModule, SequenceModule
 from rtrl_moe_pl.modules.base import refuse_float16
+from rtrl_moe_pl.modules.pretrained import load_pretrained
 from rtrl_moe_pl.modules.puzzle_writer import PuzzleWriter
-from rtrl_moe_pl.training.callbacks import Bar, LastCheckpoint, PredictionWriter
+from rtrl_moe_pl.training.callbacks import Bar, BestCheckpoint, LastCheckpoint, PredictionWriter
 from rtrl_moe_pl.training.checkpoints import newest_readable, require_readable, require_writable
 
-# Lightning's, about what is meant here: data made on the device, one folder per run, figures every few batches.
+# Lightning's, about what is meant here: data made on the device, one folder per run, figures every few batches, saving
+# after the step. A best checkpoint that is due before its figure is known comes later: see `BestCheckpoint`.
 IGNORED_WARNINGS = (
     "does not have many workers",
     "The dirpath has changed from",
     "is smaller than the logging interval",
     "LeafSpec",
     "LightningCLI's args parameter",
+    "Using ModelCheckpoint with manual optimization",
+    "could not find the monitored key",
 )
 LINKS = (
     ("data.input_size", "model.init_args.cell.init_args.input_size"),
@@ -99,7 +103,7 @@ class CommandLine(LightningCLI):
             default=None,
             help="CPU threads of a tensor operation; null: torch's own.",
         )
-        parser.add_class_arguments(ModelCheckpoint, "checkpoint")
+        parser.add_class_arguments(BestCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/accuracy",
@@ -112,9 +116,14 @@ class CommandLine(LightningCLI):
             parser.link_arguments(source, target, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--config: the file is not a text in UTF-8: {error}") from error
         config = self.config[self.config.subcommand]
         refuse_float16(config.trainer.precision)  # before the Trainer, which on a CPU makes bfloat16 of it
+        if not 0 <= config.seed_everything < 2**32:
+            raise ValueError(f"seed_everything must be at least 0 and below 2^32, got {config.seed_everything}")
         root = str(config.trainer.default_root_dir or os.getcwd())
         remote = "://" in root
         if self.config.subcommand in WITH_CHECKPOINT and not remote:
@@ -122,15 +131,30 @@ class CommandLine(LightningCLI):
             if config.ckpt_path == "last":
                 config.ckpt_path = str(newest_readable(Path(root)))
                 print(f"--ckpt_path last: {config.ckpt_path}")
-            elif config.ckpt_path is None and self.config.subcommand != "fit":
-                print("no --ckpt_path: these are the weights of an untrained model")
             elif config.ckpt_path is not None and "://" not in config.ckpt_path:
                 require_readable(Path(config.ckpt_path))
 
     def audit(self, **arguments: Any) -> None:
         self.status = 0 if self.trainer.audit(**arguments) else 1  # type: ignore[attr-defined]
 
+    def before_validate(self) -> None:
+        config = self.config_init[self.config.subcommand]
+        self._verbose, config.verbose = config.verbose, False  # Lightning's table cuts names off
+
+    def after_validate(self) -> None:
+        """Print all figures, with full names."""
+        if self._verbose and self.trainer.is_global_zero:
+            figures = sorted(self.trainer.callback_metrics.items())
+            width = max((len(name) for name, _ in figures), default=0)
+            for name, value in figures:
+                print(f"{name:{width}}  {float(value):.6g}")
+
+    before_test, after_test = before_validate, after_validate
+
     def before_instantiate_classes(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # as LightningCLI itself, for any jsonargparse 4
+            self.parser.add_instantiator(Maker(self.config[self.config.subcommand]), object)
         threads = self.config[self.config.subcommand].threads
         if threads is not None:
             if threads < 1:
@@ -139,12 +163,25 @@ class CommandLine(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        self._require_weights()
         for source, target in LINKS:
             given = self.config[self.config.subcommand].get(target)
             used = getattr(self.datamodule, source.split(".")[1], None)
             if given is not None and given != used:
                 key = target.replace("init_args.", "")
                 print(f"{key}: {given} is not used: the data has {used}")
+
+    def _require_weights(self) -> None:
+        """Evaluation without a checkpoint takes pretrained weights; without these there is nothing to predict with."""
+        command = self.config.subcommand
+        if command not in ("validate", "test", "predict") or self.config[command].ckpt_path is not None:
+            return
+        if isinstance(self.model, ReasoningModule) and self.model.pretrained is not None:
+            load_pretrained(self.model, Path(self.model.pretrained))
+        elif command == "predict":
+            raise ValueError("predict needs trained weights: give --ckpt_path PATH, or last for the newest checkpoint")
+        else:
+            print("no --ckpt_path: these are the weights of an untrained model")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.config.subcommand]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import LightningDataModule
 from torch import nn
+
+from rtrl_moe_pl.modules import ManualModule
 
 _TREE = re.compile(r'Parser key "|Does not validate against any of|is not accepted|unrecognized arg|not accept option')
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
@@ -30,6 +34,8 @@ _NO_CLASS_GIVEN = re.compile(
     r"Not a valid subclass of|Expected an instantiatable class|Option 'class_path' is not accepted"
 )
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
+_OF_CLASS = re.compile(r"Namespace\(class_path='([^']+)'")
+_OPTION = re.compile(r"--|(model|data|trainer|checkpoint)[.:]")  # at the beginning of a message that names its option
 _TYPES = {"collections.abc.Sequence": "a list", "collections.abc.Mapping": "keys and values"}
 _NO_CLASS = re.compile(r"Expected a dot import path string: (.*)")
 _NO_YAML = re.compile(r"(?:Problems parsing config: |Unexpected config: *)(.*)", re.DOTALL)
@@ -48,6 +54,9 @@ def one_line(error: BaseException) -> str:
         return (
             f"--config: the file is not a YAML mapping of keys to values: {' '.join(found[1].split()) or 'it is empty'}"
         )
+    if missing := _REQUIRED.match(text):  # of the command itself
+        needed = " and ".join(re.sub(r"\w+\.", "", missing[1]).split(", "))
+        return f"no {needed} given: name a configuration that has them, --config FILE"
     if not _TREE.search(text):
         return " ".join(text.split())
     keys: list[str] = []
@@ -85,6 +94,7 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
             cause, _, name = cause.partition(". Got value: ")
             return f"{path}: cannot import {name or owner}: {cause}"
         if missing := _REQUIRED.match(cause):
+            owner = found[1] if (found := _OF_CLASS.match(given or "")) else owner
             return f"{path}: {missing[1]} is missing" + (f": {_takes(owner)}" if owner else "")
         if unknown := _UNKNOWN.search(cause):
             key = ".".join(filter(None, [path, unknown[1] or unknown[2] or unknown[3]]))
@@ -92,7 +102,7 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
         if missing := _NO_CLASS.search(cause):
             if expected:  # a class would have done, too
                 continue
-            names = _imported(owner, path.rsplit(".", 1)[-1]) or "the name of an imported one"
+            names = _imported(owner, path) or "the name of an imported one"
             return f"{path}: there is no class {missing[1]} for it: give {names}, or the full path of another"
         return ": ".join(filter(None, [path, cause]))  # a class's own words
     types = " or ".join(_readable(found[1] or found[2]) for found in expected)
@@ -111,22 +121,36 @@ def _takes(class_path: str) -> str:
     return f"{name} takes {', '.join(found)}"
 
 
-def _imported(owner: str | None, key: str) -> str:
-    """Names of the classes that an argument of a class takes; "" if they are not known, or any module will do."""
-    if owner is None:
-        return ""
-    module, name = owner.rsplit(".", 1)
+def _imported(owner: str | None, path: str) -> str:
+    """Names of the classes that an option takes, ours first; "" if they are not known, or any module will do."""
     try:
-        hint = get_type_hints(getattr(import_module(module), name).__init__).get(key)
+        bases = _bases(_hint(owner, path))
     except NameError:  # imported for type checkers alone
         return ""
-    return ", ".join(sorted({found.__name__ for base in _bases(hint) for found in _concrete(base)}))
+    found = {cls for base in bases for cls in _concrete(base) if _public(cls) and not (owner is None and cls in bases)}
+    ordered = sorted(found, key=lambda cls: (not cls.__module__.startswith("rtrl_moe_pl."), cls.__name__))
+    return ", ".join(dict.fromkeys(cls.__name__ for cls in ordered))
+
+
+def _hint(owner: str | None, path: str) -> Any:
+    """The type of an option, of the class that has it; None: of the command line."""
+    if owner is None and not path.startswith("trainer."):
+        return {"model": ManualModule, "data": LightningDataModule}.get(path)
+    module, name = (owner or "lightning.pytorch.Trainer").rsplit(".", 1)
+    return get_type_hints(getattr(import_module(module), name).__init__).get(path.rsplit(".", 1)[-1])
+
+
+def _public(cls: type) -> bool:
+    """Whether its package, or its module's list, offers the class."""
+    return hasattr(sys.modules[cls.__module__.rpartition(".")[0]], cls.__name__) or cls.__name__ in getattr(
+        sys.modules[cls.__module__], "__all__", ()
+    )
 
 
 def _bases(hint: Any) -> list[type]:
     """The classes of a type hint: for a callable, of what it returns."""
     if isinstance(hint, type):
-        return [hint] if hint not in (nn.Module, type(None)) else []
+        return [hint] if hint is not nn.Module and hint.__module__ != "builtins" else []
     parts = get_args(hint)[-1:] if get_origin(hint) is Callable else get_args(hint)
     return [base for part in parts for base in _bases(part)]
 
@@ -137,3 +161,57 @@ def _concrete(base: type) -> Iterator[type]:
         yield base
     for derived in base.__subclasses__():
         yield from _concrete(derived)
+
+
+class Maker:
+    """Makes the objects of a configuration; their own errors say where in it they are.
+
+    The command line is kept out of it: a model keeps it with its optimizer, and models are copied and pickled.
+
+    Args:
+        config: of the subcommand.
+    """
+
+    def __init__(self, config: Namespace) -> None:
+        self.config = config
+
+    def __call__(self, made: type, *args: Any, **options: Any) -> Any:
+        try:
+            return made(*args, **options)
+        except Exception as error:
+            locate(error, made, options, self.config)
+            raise
+
+
+def locate(error: Exception, made: type, given: dict[str, Any], config: Namespace) -> None:
+    """Put before a class's own words where in the configuration it, or the option that they begin with, is.
+
+    Args:
+        error: raised while an object of the configuration was made; changed in place.
+        made: the class of that object.
+        given: its arguments, by name.
+        config: of the subcommand.
+    """
+    message = error.args[0] if len(error.args) == 1 else None
+    if not isinstance(message, str) or _OPTION.match(message):  # one within it has been located already
+        return
+    for path, name, options in _places(config, ""):
+        plain = {key: value for key, value in options.items() if isinstance(value, str | int | float)}
+        same = name == made.__name__ if name else given.keys() == options.keys()
+        if same and all(str(given.get(key)) == str(value) for key, value in plain.items()):
+            first = re.match(r"\w+", message)
+            error.args = (f"{path}.{message}" if first and first[0] in options else f"{path}: {message}",)
+            return
+
+
+def _places(config: Any, path: str) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """Path, class name and options of all objects of a configuration; no name where the class is not to be chosen."""
+    if isinstance(config, list):
+        for item in config:
+            yield from _places(item, path)
+    elif isinstance(config, Namespace):
+        options = config.get("init_args", Namespace()) if "class_path" in config else config
+        if path:
+            yield path, config.get("class_path", "").rsplit(".", 1)[-1] or None, vars(options)
+        for key, value in vars(options).items():
+            yield from _places(value, f"{path}.{key}".lstrip("."))

@@ -125,7 +125,7 @@ class PuzzleDataModule(TaskDataModule):
 
     Args:
         task: what the puzzles are.
-        seed: of the training puzzles; those of evaluation are derived from it.
+        seed: of the training puzzles, any integer; those of evaluation are derived from it.
         batch_size: lanes per process.
         batches_per_epoch: supervision steps per epoch; lanes go on from epoch to epoch.
         validation_size: puzzles per evaluation set, over all processes; None: 512 of an endless one, all of another.
@@ -160,7 +160,10 @@ class PuzzleDataModule(TaskDataModule):
         self.validation_batch_size = at_least(1, "validation_batch_size", validation_batch_size)
         if puzzle is not None and not Path(puzzle).is_file():
             raise FileNotFoundError(f"data.puzzle: there is no file {puzzle}: name a JSON file, {FORM}")
-        self.questions = None if puzzle is None else read_questions(puzzle, task)  # refused now or never
+        try:
+            self.questions = None if puzzle is None else read_questions(puzzle, task)  # refused now or never
+        except ValueError as fault:
+            raise ValueError(f"data.puzzle: {fault}") from fault
 
     @property
     def shape(self) -> PuzzleShape:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from rtrl_moe_pl.modules.figures import Stopwatch
 from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, update
@@ -21,6 +22,7 @@ from rtrl_moe_pl.training.failure import first_bad
 from rtrl_moe_pl.training.strategy import PER_RANK, BroadcastStrategy, require_same_processes
 
 ARCHITECTURE = "rtrl_moe_pl_architecture"
+OPTIMIZER = "rtrl_moe_pl_optimizer"
 NAMED = 4  # differences that an error names
 
 
@@ -99,8 +101,13 @@ class ManualModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        if isinstance(scheduler, ReduceLROnPlateau):
             raise ValueError("model.lr_scheduler cannot be ReduceLROnPlateau: schedules are stepped once per update")
+        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < self.trainer.max_steps:
+            raise ValueError(
+                f"model.lr_scheduler: OneCycleLR ends after total_steps={scheduler.total_steps}, before "
+                f"trainer.max_steps={self.trainer.max_steps}: make them equal"
+            )
         return [optimizer], [scheduler]
 
     # ---- the update
@@ -200,6 +207,7 @@ class ManualModule(LightningModule):
         if bad is not None:  # before the file is opened: the last good checkpoint stays
             raise self._failure(bad)
         checkpoint[ARCHITECTURE] = self._architecture()
+        checkpoint[OPTIMIZER] = _classes(self.trainer.optimizers[0]) if self.trainer.optimizers else ""
         checkpoint[PER_RANK] = {
             "world_size": self.trainer.world_size,
             "carry": self.carry_state(),
@@ -210,15 +218,28 @@ class ManualModule(LightningModule):
         self.check_architecture(checkpoint)
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting:
+            self._check_optimizer(checkpoint)
             resume_raw(checkpoint, self.trainer)
         if fitting and PER_RANK in checkpoint:
             require_same_processes(checkpoint[PER_RANK], self.trainer.world_size)
             self._sums.load_state_dict(checkpoint[PER_RANK]["sums"])
             self.restore_carry(checkpoint[PER_RANK]["carry"])
 
+    def _check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
+        saved, ours = checkpoint.get(OPTIMIZER), _classes(self.make_optimizer())
+        if saved and saved != ours:
+            raise ValueError(
+                f"model.optimizer: the checkpoint was made with {saved}, but the configuration says {ours}: resume "
+                "with the same"
+            )
+
     def on_train_start(self) -> None:
         self._sums.to(self.device)
         self._figures.clear()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        loop: Any = self.trainer.fit_loop  # counts one batch too many after a resume at the end of an epoch
+        loop.epoch_loop._batches_that_stepped = loop.total_batch_idx
 
     def _architecture(self) -> dict[str, str]:
         """Classes of the parts, and what they say of themselves that the shapes of their parameters do not tell."""
@@ -230,7 +251,7 @@ class ManualModule(LightningModule):
                 found |= {f"{name}.{option}": str(value) for option, value in options.items()}
         return found
 
-    def check_architecture(self, checkpoint: Mapping[str, Any], part: str = "") -> None:
+    def check_architecture(self, checkpoint: Mapping[str, Any], part: str = "", what: str = "the checkpoint") -> None:
         """Refuse, in one line, a checkpoint whose parameters (those whose name begins so) are not this module's."""
         here, there = self._architecture(), checkpoint.get(ARCHITECTURE, {})
         differing = [
@@ -250,7 +271,7 @@ class ManualModule(LightningModule):
         if differing:
             more = f", and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
             raise ValueError(
-                f"the checkpoint is of another architecture: {', '.join(differing[:NAMED])}{more}; use the model "
+                f"{what} is of another architecture: {', '.join(differing[:NAMED])}{more}; use the model "
                 "it was made with"
             )
 
@@ -262,6 +283,11 @@ def refuse_float16(precision: object) -> None:
             f"trainer.precision={precision} is not supported: the loss scale of float16 would divide hand-written "
             "gradients; use 32-true, 64-true or bf16-mixed"
         )
+
+
+def _classes(optimizer: torch.optim.Optimizer) -> str:
+    """Name of its class; of those that it combines."""
+    return " and ".join(type(part).__name__ for part in getattr(optimizer, "optimizers", [optimizer]))
 
 
 def _saved_path(callback: Checkpoint) -> str:

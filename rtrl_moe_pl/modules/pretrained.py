@@ -10,6 +10,8 @@ from torch import nn
 from rtrl_moe_pl.modules.base import ARCHITECTURE, ManualModule
 from rtrl_moe_pl.training.checkpoints import require_readable
 
+OPTION = "model.pretrained"
+
 
 def load_pretrained(module: ManualModule, path: Path) -> None:
     """Take the decoder of a checkpoint of a `ReasoningModule`, and its encoder if it is of the module's class.
@@ -17,11 +19,14 @@ def load_pretrained(module: ManualModule, path: Path) -> None:
     A table of puzzle embeddings of another size is replaced by the mean of its rows: its puzzles are others.
 
     Raises:
-        FileNotFoundError, ValueError: if it cannot be read, or a part that is taken is of another architecture.
+        FileNotFoundError, ValueError: if it cannot be read, is of another kind of module, or a part that is taken is
+            of another architecture.
     """
-    require_readable(path, "model.pretrained")
+    require_readable(path, OPTION)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    module.check_architecture(checkpoint, "decoder")
+    if "decoder" not in checkpoint.get(ARCHITECTURE, {}):
+        raise ValueError(f"{OPTION}: {path} is not a checkpoint of a ReasoningModule: name one, or leave it out")
+    module.check_architecture(checkpoint, "decoder", OPTION)
     ours, saved = module.state_dict(), checkpoint["state_dict"]
     encoder = module.encoder
     assert isinstance(encoder, nn.Module)
@@ -29,7 +34,7 @@ def load_pretrained(module: ManualModule, path: Path) -> None:
         table, mine = saved.get("encoder.table"), ours.get("encoder.table")
         if table is not None and mine is not None and table.shape[1:] == mine.shape[1:] and len(table) != len(mine):
             saved["encoder.table"] = table.mean(0).expand_as(mine)
-        module.check_architecture(checkpoint, "encoder")
+        module.check_architecture(checkpoint, "encoder", OPTION)
     else:
         saved = {name: value for name, value in saved.items() if name.startswith("decoder")}
     module.load_state_dict({**ours, **saved})

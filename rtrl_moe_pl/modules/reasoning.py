@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.cells.base import at_least, not_negative
 from rtrl_moe_pl.data.puzzles import PuzzleBatch, PuzzleStream
 from rtrl_moe_pl.modules.base import ManualModule
 from rtrl_moe_pl.modules.pretrained import load_pretrained
@@ -87,7 +87,7 @@ class ReasoningModule(ManualModule):
         self.mode: Mode = one_of(get_args(Mode), "mode", mode)  # type: ignore[assignment]
         self.halting = Halting() if halting is None else halting
         self.loss = ReasoningLoss() if loss is None else loss
-        self.kl_weight = kl_weight
+        self.kl_weight = not_negative("kl_weight", kl_weight)
         self.evaluation_steps = [at_least(1, "evaluation_steps", steps) for steps in evaluation_steps]
         if mode == "cached" and self.encoder.recurrent:
             raise ValueError(
@@ -101,7 +101,7 @@ class ReasoningModule(ManualModule):
             )
         if embedding_optimizer is not None and encoder_lr is not None:
             raise ValueError("encoder_lr has no effect beside embedding_optimizer: give that one its own lr")
-        self.encoder_lr = encoder_lr
+        self.encoder_lr = None if encoder_lr is None else not_negative("encoder_lr", encoder_lr)
         self.embedding_optimizer = embedding_optimizer
         self.pretrained = pretrained
         self._thinks_for = self._metrics().steps  # in evaluation

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from rtrl_moe_pl.cells.base import positive
+
 EPSILON = 1e-5  # of RMSNorm
 HIDDEN_MULTIPLE = 256  # hidden widths of SwiGLU are rounded up to it, as in the published models
 
@@ -41,7 +43,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, expansion: float = 4.0) -> None:
         super().__init__()
-        hidden = math.ceil(expansion * width * 2 / 3 / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+        hidden = math.ceil(positive("expansion", expansion) * width * 2 / 3 / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
         self.gate_up = linear(width, 2 * hidden)
         self.down = linear(hidden, width)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rtrl_moe_pl.cells.base import not_negative
 from rtrl_moe_pl.reasoning.trm import Answer
 from rtrl_moe_pl.tasks.base import one_of
 from rtrl_moe_pl.tasks.puzzles import IGNORED
@@ -64,9 +65,7 @@ class ReasoningLoss(nn.Module):
     def __init__(self, cross_entropy: str = "stablemax", halt_weight: float = 0.5) -> None:
         super().__init__()
         self.cross_entropy = one_of(("stablemax", "softmax"), "cross_entropy", cross_entropy)
-        if halt_weight < 0:
-            raise ValueError(f"halt_weight must not be negative, got {halt_weight}")
-        self.halt_weight = halt_weight
+        self.halt_weight = not_negative("halt_weight", halt_weight)
 
     def forward(self, answer: Answer, labels: Tensor, go_on_target: Tensor | None = None) -> StepLoss:
         """Losses of an answer.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+
+from rtrl_moe_pl.cells.base import at_least
 
 
 class Bar(TQDMProgressBar):
@@ -16,6 +21,38 @@ class Bar(TQDMProgressBar):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.is_enabled:
             print()
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """The best by ``monitor``; a figure of validation that nothing logs is refused after the first one.
+
+    It is refused after the sanity check already if it is almost the name of one that is logged; others may be logged
+    in training alone.
+
+    Raises:
+        TypeError, ValueError: if every_n_train_steps or every_n_epochs is below 1, which would keep none.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        for name in ("every_n_train_steps", "every_n_epochs"):
+            if options.get(name) is not None:
+                at_least(1, name, options[name])
+        super().__init__(**options)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run: Any = trainer  # attributes that its __init__ does not declare
+        if run.state.fn == TrainerFn.FITTING and str(self.monitor).startswith("val/") and self.save_top_k != 0:
+            assert self.monitor is not None
+            names, logged = {self.monitor}, set(self._monitor_candidates(trainer))
+            if run.sanity_checking:  # Lightning gathers no figures of these, and completes their names later
+                names.add(re.sub(r"(_step|_epoch)?(/dataloader_idx_\d+)?$", "", self.monitor))
+                logged |= {result.meta.name for result in run._results.values()}
+            misspelt = get_close_matches(self.monitor, logged, cutoff=0.9)
+            if not names & logged and (misspelt or not run.sanity_checking):
+                raise ValueError(
+                    f"checkpoint.monitor: nothing logs {self.monitor!r}: give one of {', '.join(sorted(logged))}"
+                )
+        super().on_validation_end(trainer, pl_module)
 
 
 class LastCheckpoint(ModelCheckpoint):

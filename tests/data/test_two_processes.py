@@ -10,6 +10,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rtrl_moe_pl.cli import main
+
 ROOT = Path(__file__).parents[2]
 CURRICULUM = """
 model:
@@ -175,6 +177,9 @@ def test_two_processes_answer_one_puzzle(tmp_path: Path):
     command = [sys.executable, "-m", "rtrl_moe_pl", "predict", "--config", "config.yaml", "--trainer.devices", "2"]
     command += ["--data.puzzle", "puzzle.json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = ["--config", str(tmp_path / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["fit", *options, "--trainer.max_steps", "1", "--trainer.devices", "1"]) == 0
+    command += ["--ckpt_path", "last"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("predictions_rank*.json"))]

@@ -70,10 +70,15 @@ def test_a_pretrained_decoder_that_does_not_fit_is_refused(tmp_path: Path) -> No
     made.save_checkpoint(tmp_path / "a.ckpt")
     other = module(pretrained=str(tmp_path / "a.ckpt"))
     other.decoder.l_cycles = 4
-    with pytest.raises(ValueError, match=r"another architecture: decoder\.l_cycles is 1 there and 4 here"):
+    with pytest.raises(
+        ValueError, match=r"^model\.pretrained is of another architecture: decoder\.l_cycles is 1 there and 4 here"
+    ):
         run(tmp_path, other)
     with pytest.raises(FileNotFoundError, match=r"^model\.pretrained: there is no file missing\.ckpt"):
         run(tmp_path, module(pretrained="missing.ckpt"))
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"^model\.pretrained: .*other\.ckpt is not a checkpoint of a ReasoningModule"):
+        run(tmp_path, module(pretrained=str(tmp_path / "other.ckpt")))
 
 
 def test_rates_that_would_have_no_effect_are_refused() -> None:

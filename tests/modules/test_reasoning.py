@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,13 @@ def test_a_checkpoint_of_another_architecture_names_what_differs(tmp_path: Path)
         trainer(tmp_path).validate(other, datamodule=data(), ckpt_path=str(tmp_path / "a.ckpt"))
     with pytest.raises(ValueError, match="encoder is PairTokenEncoder there and PuzzleEmbedding here"):
         trainer(tmp_path).validate(module(PuzzleEmbedding), datamodule=data(), ckpt_path=str(tmp_path / "a.ckpt"))
+
+
+@pytest.mark.parametrize(("option", "value"), [("kl_weight", -1.0), ("kl_weight", math.nan), ("encoder_lr", -1.0)])
+def test_weights_and_rates_out_of_range_are_refused(option: str, value: float) -> None:
+    options: dict[str, Any] = {option: value}
+    with pytest.raises(ValueError, match=f"^{option} must be a finite number of at least 0, got {value}"):
+        module(**options)
 
 
 def test_an_unknown_mode_lists_the_valid_ones() -> None:

@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rtrl_moe_pl.cells import GRU, LSTM, RecurrentMoE
+from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.data import HaystackDataModule
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, BlockRTRL, GradientAlgorithm, LazyExpertRTRL
 from rtrl_moe_pl.modules import SequenceModule, TemperatureAnnealing
 from rtrl_moe_pl.training.strategy import PER_RANK
 from tests.modules.helpers import data, module, trainer
+from tests.test_cli import CONFIG
 
 
 def final(run: Trainer, model: SequenceModule) -> dict[str, torch.Tensor]:
@@ -186,6 +189,37 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path, cell: t
         trainer(tmp_path, max_steps=9).fit(other(cell), datamodule=data(), ckpt_path=str(tmp_path / "a.ckpt"))
     with pytest.raises(ValueError, match="of another architecture"):
         trainer(tmp_path).validate(other(cell), datamodule=data(), ckpt_path=str(tmp_path / "a.ckpt"))
+
+
+def test_figures_after_a_resume_at_the_end_of_an_epoch_are_those_of_an_unbroken_run(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """At the same steps: Lightning itself counts one too many then, and misses the best checkpoint's figure."""
+
+    def figures(folder: str) -> dict[str, list[tuple[int, float]]]:
+        events = EventAccumulator(str(tmp_path / folder)).Reload()
+        return {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+            if "per_second" not in tag
+        }
+
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    for folder, steps, more in (("whole", "15", []), ("parts", "10", []), ("parts", "15", ["--ckpt_path", "last"])):
+        arguments = ["--trainer.default_root_dir", str(tmp_path / folder), "--trainer.max_steps", steps, *more]
+        assert (
+            main(["fit", "--config", str(tmp_path / "config.yaml"), "--trainer.log_every_n_steps=2", *arguments]) == 0
+        )
+    whole, first, second = map(
+        figures, ("whole/lightning_logs/version_0", "parts/lightning_logs/version_0", "parts/lightning_logs/version_1")
+    )
+    assert whole.keys() == first.keys() == second.keys()
+    for tag, values in whole.items():
+        steps, numbers = zip(*values, strict=True)
+        parts = first[tag] + second[tag]
+        assert steps == tuple(step for step, _ in parts), tag
+        assert numbers == pytest.approx([value for _, value in parts], rel=1e-5), tag
+    assert not [str(warning.message) for warning in recwarn if "ModelCheckpoint" in str(warning.message)]
 
 
 def test_a_stream_of_another_batch_size_begins_anew(tmp_path: Path) -> None:

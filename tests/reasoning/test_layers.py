@@ -95,3 +95,9 @@ def test_swiglu_keeps_one_hidden_tensor_alone() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         layer(x)
     assert sum(size for size in kept if size == 2 * 2 * layer.down.in_features) == 2 * 2 * layer.down.in_features
+
+
+@pytest.mark.parametrize("expansion", [0, -1.0, float("nan")])
+def test_an_expansion_without_a_hidden_layer_is_refused(expansion: float) -> None:
+    with pytest.raises(ValueError, match=f"^expansion must be a finite number above 0, got {expansion}$"):
+        SwiGLU(6, expansion)

@@ -88,5 +88,7 @@ def test_cells_that_are_not_asked_for_do_not_matter() -> None:
 def test_bad_options_are_named() -> None:
     with pytest.raises(ValueError, match=r"^cross_entropy must be one of 'stablemax', 'softmax', got 'mse'$"):
         ReasoningLoss("mse")
-    with pytest.raises(ValueError, match=r"^halt_weight must not be negative, got -1"):
+    with pytest.raises(ValueError, match=r"^halt_weight must be a finite number of at least 0, got -1"):
         ReasoningLoss(halt_weight=-1)
+    with pytest.raises(ValueError, match=r"^halt_weight must be .* got nan"):
+        ReasoningLoss(halt_weight=float("nan"))

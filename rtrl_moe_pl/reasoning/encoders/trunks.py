@@ -30,7 +30,10 @@ class DemoTokens(nn.Module):
     def __init__(self, shape: PuzzleShape, width: int, paired: bool = False) -> None:
         super().__init__()
         if shape.max_demos < 1:
-            raise ValueError(f"max_demos must be at least 1, got {shape.max_demos}: use PuzzleEmbedding")
+            raise ValueError(
+                "the data have no demonstrations to encode (nor have SudokuDataModule and MazeDataModule): use "
+                "PuzzleEmbedding"
+            )
         self.paired = paired
         self.before = nn.Embedding(shape.vocabulary, width)
         self.after = nn.Embedding(shape.vocabulary, width)

@@ -68,11 +68,20 @@ def select(
     twice = {task.name for task in parts[0]} & {task.name for task in parts[1]}
     if twice:
         raise ValueError(f"source {source!r}: task {min(twice)!r} is both for training and for evaluation")
+    for part in filter(None, parts):
+        least = min(task.largest for task in part)
+        if least > max_size:
+            raise ValueError(f"max_size must be at least {least}, or no task of {source!r} is left, got {max_size}")
     training, evaluation = (_shuffled([task for task in part if task.largest <= max_size]) for part in parts)
     if not parts[1]:
         if held_out_groups is None:
             raise ValueError(f"source {source!r} has no evaluation tasks: set held_out_groups, how many to hold out")
-        kept = max(0, len(training) - at_least(1, "held_out_groups", held_out_groups))
+        kept = len(training) - at_least(1, "held_out_groups", held_out_groups)
+        if kept < 1:
+            raise ValueError(
+                f"held_out_groups must be below {len(training)}, the number of tasks in {source!r} with grids up to "
+                f"{max_size} x {max_size}, to leave some for training, got {held_out_groups}"
+            )
         training, evaluation = training[:kept], training[kept:]
     chosen = []
     for option, count, tasks in (("groups", groups, training), ("held_out_groups", held_out_groups, evaluation)):
@@ -152,7 +161,7 @@ def _read_all(folder: Path) -> list[ArcTask]:
             warnings.warn(f"left out: {fault}", stacklevel=2)
     if not tasks:
         found = f"of its {len(files)} .json files none is an ARC task" if files else "there is no .json file in it"
-        raise ValueError(f"{folder}: {found}; a file holds one task, {FORM}")
+        raise ValueError(f"source {folder}: {found}; a file holds one task, {FORM}")
     return tasks
 
 

@@ -309,5 +309,5 @@ def test_an_option_out_of_range_is_refused(encoder: Callable[..., Encoder], opti
 
 
 def test_puzzles_without_demonstrations_are_refused():
-    with pytest.raises(ValueError, match="max_demos must be at least 1, got 0: use PuzzleEmbedding"):
+    with pytest.raises(ValueError, match=r"the data have no demonstrations to encode .*: use PuzzleEmbedding"):
         StandardEncoder(PuzzleShape(5, 2, 2), WIDTH, PREFIX)
