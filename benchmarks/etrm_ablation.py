@@ -1,11 +1,11 @@
-"""Does an encoder learn rules it can apply to puzzles of rules it never saw? And what starves it? Three seeds each.
+"""Does an encoder learn rules it can apply to puzzles of rules it never saw? And what starves it?
 
     OMP_NUM_THREADS=1 python -m benchmarks.etrm_ablation                     # everything, two runs at a time
     python -m benchmarks.etrm_ablation --only colors --seeds 0 1 2 3 4     # these rows anew, the others stay
 
 *colors*: the shipped configuration (re_encode), the same number of optimizer steps in the other modes, and a puzzle
 embedding instead of the encoder, which knows nothing of a held-out rule. Every run is also evaluated with the
-demonstrations of another rule. *flips*, *sudoku*, *maze* and *arc*: the other configurations; 9 x 9 sudoku and arc
+demonstrations of another rule. *flips*, *sudoku*, *maze* and *arc*: the other configurations; all but 4 x 4 sudoku
 take a GPU if there is one. Accuracies are exact: every cell of a puzzle. Seeds are of weights and of training data; the
 rules that are held out are the same for all. The clock runs from the start of the process.
 """
@@ -15,10 +15,15 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+import matplotlib
 import torch
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
 from benchmarks.command import ROOT, run, train_all
-from benchmarks.common import machine
+from benchmarks.common import RESULTS, machine
 
 AUGMENTED = [  # all tasks of such a size, eight votes per test input
     *("--data.groups", "null", "--data.colors", "true", "--data.dihedral", "true", "--data.translate", "true"),
@@ -36,6 +41,17 @@ JOBS: dict[str, tuple[str, list[str]]] = {
     "maze": ("trm_maze", []),
     "arc": ("etrm_arc", []),
     "arc, augmented": ("etrm_arc", AUGMENTED),
+}
+COLOURS = {
+    "colors re_encode": "tab:blue",
+    "colors fixed_time": "tab:green",
+    "colors cached": "tab:red",
+    "colors puzzle embedding": "tab:orange",
+    "flips": "tab:purple",
+    "sudoku": "tab:blue",
+    "9 x 9 sudoku": "tab:cyan",
+    "maze": "tab:green",
+    "arc": "tab:red",
 }
 TAGS = {  # of the log: a short name
     "val/held_out/exact_accuracy": "held_out",
@@ -83,9 +99,9 @@ def last(row: dict[str, Any], figure: str) -> float | None:
 def table(rows: list[dict[str, Any]]) -> str:
     figures = ["held_out", "held_out_max_steps", "held_out_best_q", "shuffled_demos", "train_rules"]
     lines = [
-        "| run | seed | held out: q-halt | max steps | best q | shuffled demonstrations | rules of training | steps "
-        "of thinking | gradient coverage | optimizer steps | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| run | seed | held out: q-halt | max steps | best q | shuffled demonstrations | rules of training | half of "
+        "those held out first at step | steps of thinking | gradient coverage | optimizer steps | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         values = [last(row, figure) for figure in figures]
@@ -94,11 +110,47 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "held_out_pass@2" in row["curves"]:
             solved, tasks = last(row, "held_out_pass@2"), last(row, "held_out_tasks")
             cells[0] += f" (pass@2: {solved:.1%} of {tasks:.0f} tasks)"
+        half = next((f"{step:,}" for step, value, _ in row["curves"]["held_out"] if value >= 0.5), "")
         lines.append(
-            f"| {row['run']} | {row['seed']} | {' | '.join(cells)} | {last(row, 'steps'):.1f} | "
+            f"| {row['run']} | {row['seed']} | {' | '.join(cells)} | {half} | {last(row, 'steps'):.1f} | "
             f"{sum(coverage) / len(coverage):.2f} | {row['curves']['held_out'][-1][0]:,} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def curves(axes: Axes, rows: list[dict[str, Any]], figure: str, style: str = "-", label: str | None = None) -> None:
+    """One line per row, labelled once per run."""
+    labelled = set()
+    for row in rows:
+        name = row["run"].removeprefix("colors ") if label is None else label
+        steps, values, _ = zip(*row["curves"][figure], strict=True)
+        text = None if name in labelled else name
+        axes.plot(steps, values, style, color=COLOURS[row["run"]], label=text, linewidth=1.3)
+        labelled.add(name)
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """benchmarks/results/etrm_ablation.png."""
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    (held_out, coverage, others), of = panels, {name: [r for r in rows if r["run"] == name] for name in COLOURS}
+    colors = [row for row in rows if row["run"].startswith("colors")]
+    curves(held_out, colors, "held_out")
+    curves(held_out, of["colors re_encode"], "shuffled_demos", ":", "re_encode, demonstrations of another rule")
+    held_out.set(title="Colour rules never trained", ylabel="exact accuracy (q-halt)")
+    curves(coverage, [row for row in colors if "embedding" not in row["run"]], "gradient_coverage")
+    coverage.set(title="Lanes whose loss reaches the encoder", ylabel="gradient coverage")
+    for name in ("sudoku", "9 x 9 sudoku", "maze"):
+        curves(others, of[name], "held_out", label=f"{name}, held out")
+    for name, what in (("flips", "rules"), ("arc", "tasks")):
+        curves(others, of[name], "train_rules", "--", f"{name}, {what} of training")
+        curves(others, of[name], "held_out", ":", f"{name}, held out")
+    others.set(title="Other puzzles", ylabel="exact accuracy (q-halt)")
+    for axes in panels:
+        axes.set(xlabel="optimizer steps", ylim=(-0.03, 1.03))
+        axes.legend(frameon=False, fontsize=8)
+        axes.grid(alpha=0.25)
+    figure.savefig(RESULTS / "etrm_ablation.png", dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:

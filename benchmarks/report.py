@@ -170,6 +170,7 @@ def main() -> None:
     draw_recall(found["learning"])
     draw_step_time(found["step_time_cpu_1"])
     moe_scaling.draw(found["moe_scaling"]["results"])
+    etrm_ablation.draw(found["etrm_ablation"]["results"])
     memory.draw(found["memory"]["results"])
     haystack_report.draw(found["haystack_learning"]["results"], found["truncation_bias"]["results"])
 

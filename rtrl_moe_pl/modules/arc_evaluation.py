@@ -30,7 +30,11 @@ class ArcEvaluation(Callback):
         splits = self._data.validation_names
         self._evaluators = [ArcEvaluator(self._data.task, split).to(pl_module.device) for split in splits]  # type: ignore[arg-type]
 
-    on_test_start = on_validation_start
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._submission = picture_folder(trainer) / "submission.json"
+        if self._submission.exists():  # now, not when all is done
+            raise FileExistsError(f"{self._submission} exists and is not overwritten: move it away")
+        self.on_validation_start(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -52,13 +56,13 @@ class ArcEvaluation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log(pl_module, "test")
         submission = self._evaluators[0].submission(k=2)
-        folder = picture_folder(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            folder.mkdir(parents=True, exist_ok=True)
-            write_submission(submission, folder / "submission.json")
-            print(f"submission: {folder / 'submission.json'}")
+            self._submission.parent.mkdir(parents=True, exist_ok=True)
+            write_submission(submission, self._submission)
+            print(f"submission: {self._submission}")
 
     def _log(self, module: LightningModule, stage: str) -> None:
         for split, evaluator in zip(self._data.validation_names, self._evaluators, strict=True):
             scored = {name: value for name, value in evaluator.compute().items() if not value.isnan()}
-            module.log_dict({f"{stage}/{split}/{name}": value for name, value in scored.items()})
+            figures = {f"{stage}/{split}/{name}": value for name, value in scored.items()}
+            module.log_dict(figures, sync_dist=True)  # equal on all ranks already

@@ -41,6 +41,8 @@ class ManualModule(LightningModule):
         ValueError: if gradient_clip or update_every is not positive.
     """
 
+    advice = "try a smaller learning rate, a smaller model.gradient_clip"  # after a numerical failure
+
     def __init__(
         self,
         optimizer: OptimizerCallable = torch.optim.Adam,
@@ -152,11 +154,7 @@ class ManualModule(LightningModule):
             raise self._failure(self._diagnosis) from None
 
     def _failure(self, diagnosis: str) -> NumericalFailure:
-        advice = (
-            "check the data"
-            if diagnosis.startswith("inputs")
-            else "try a smaller learning rate, a smaller model.gradient_clip, or a shorter sequence"
-        )
+        advice = "check the data" if diagnosis.startswith("inputs") else self.advice
         kept = [str(path) for path in map(_saved_path, self.trainer.checkpoint_callbacks) if path]
         return NumericalFailure(
             f"training stopped at step {self.trainer.global_step}: {diagnosis}; {advice}; "
@@ -166,7 +164,7 @@ class ManualModule(LightningModule):
     def logs_now(self) -> bool:
         """Whether the loggers are written to after this batch; after the first batch all figures exist."""
         trainer: Any = self.trainer  # attributes that its __init__ does not declare
-        done, every = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps
+        done, every = _batches_done(trainer) + 1, trainer.log_every_n_steps
         return done == 1 or bool(trainer.fast_dev_run) or (every > 0 and done % every == 0)
 
     # ---- evaluation
@@ -238,8 +236,10 @@ class ManualModule(LightningModule):
         self._figures.clear()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        loop: Any = self.trainer.fit_loop  # counts one batch too many after a resume at the end of an epoch
-        loop.epoch_loop._batches_that_stepped = loop.total_batch_idx
+        # Lightning's counter of figures is one too high after a resume at the end of an epoch. Callbacks have logged by
+        # it already where they log at the start of a batch.
+        loop: Any = self.trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = _batches_done(self.trainer)
 
     def _architecture(self) -> dict[str, str]:
         """Classes of the parts, and what they say of themselves that the shapes of their parameters do not tell."""
@@ -288,6 +288,11 @@ def refuse_float16(precision: object) -> None:
 def _classes(optimizer: torch.optim.Optimizer) -> str:
     """Name of its class; of those that it combines."""
     return " and ".join(type(part).__name__ for part in getattr(optimizer, "optimizers", [optimizer]))
+
+
+def _batches_done(trainer: Any) -> int:
+    """Training batches of all epochs that are behind, those of the run it resumed from counted in."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.completed
 
 
 def _saved_path(callback: Checkpoint) -> str:

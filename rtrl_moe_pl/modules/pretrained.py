@@ -13,11 +13,13 @@ from rtrl_moe_pl.training.checkpoints import require_readable
 OPTION = "model.pretrained"
 
 
-def load_pretrained(module: ManualModule, path: Path) -> None:
+def load_pretrained(module: ManualModule, path: Path) -> bool:
     """Take the decoder of a checkpoint of a `ReasoningModule`, and its encoder if it is of the module's class.
 
     A table of puzzle embeddings of another size is replaced by the mean of its rows: its puzzles are others.
 
+    Returns:
+        whether the encoder was taken.
     Raises:
         FileNotFoundError, ValueError: if it cannot be read, is of another kind of module, or a part that is taken is
             of another architecture.
@@ -30,7 +32,8 @@ def load_pretrained(module: ManualModule, path: Path) -> None:
     ours, saved = module.state_dict(), checkpoint["state_dict"]
     encoder = module.encoder
     assert isinstance(encoder, nn.Module)
-    if checkpoint[ARCHITECTURE]["encoder"] == type(encoder).__name__:
+    whole = checkpoint[ARCHITECTURE]["encoder"] == type(encoder).__name__
+    if whole:
         table, mine = saved.get("encoder.table"), ours.get("encoder.table")
         if table is not None and mine is not None and table.shape[1:] == mine.shape[1:] and len(table) != len(mine):
             saved["encoder.table"] = table.mean(0).expand_as(mine)
@@ -38,3 +41,4 @@ def load_pretrained(module: ManualModule, path: Path) -> None:
     else:
         saved = {name: value for name, value in saved.items() if name.startswith("decoder")}
     module.load_state_dict({**ours, **saved})
+    return whole

@@ -16,7 +16,7 @@ from rtrl_moe_pl.cells.base import at_least, not_negative
 from rtrl_moe_pl.data.puzzles import PuzzleBatch, PuzzleStream
 from rtrl_moe_pl.modules.base import ManualModule
 from rtrl_moe_pl.modules.pretrained import load_pretrained
-from rtrl_moe_pl.modules.reasoning_figures import ReasoningFigures, context_figures, grad_norms
+from rtrl_moe_pl.modules.reasoning_figures import ReasoningFigures, as_values, context_figures, grad_norms
 from rtrl_moe_pl.reasoning.carry import Carry, Halting
 from rtrl_moe_pl.reasoning.encoders import Encoder, PuzzleEmbedding
 from rtrl_moe_pl.reasoning.etrm import Mode, Supervision, Thoughts, supervise, think
@@ -110,7 +110,7 @@ class ReasoningModule(ManualModule):
         self._carry: Carry | None = None  # not a buffer: other processes carry other lanes
         self._stream: str | None = None  # identity of the stream that the carry's puzzles are of
         self._restored = False  # whether the carry is that of a checkpoint
-        self._figures = ReasoningFigures()
+        self._figures = ReasoningFigures(self.halting.max_steps)
 
     # ---- training
 
@@ -118,8 +118,16 @@ class ReasoningModule(ManualModule):
         super().setup(stage)
         self._carry = self._stream = None
         self._restored = False
+        self._missing: FileNotFoundError | None = None
         if stage == "fit" and self.pretrained is not None:
-            load_pretrained(self, Path(self.pretrained))
+            try:
+                load_pretrained(self, Path(self.pretrained))
+            except FileNotFoundError as missing:  # a run that goes on has weights of its own
+                self._missing = missing
+
+    def on_fit_start(self) -> None:
+        if self._missing is not None and self.trainer.ckpt_path is None:
+            raise self._missing
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         table = self.encoder.table if isinstance(self.encoder, PuzzleEmbedding) else None
@@ -170,7 +178,7 @@ class ReasoningModule(ManualModule):
             self.log_dict(values, batch_size=1)
             if loss_figure is not None:
                 self.log("train/loss", loss_figure, prog_bar=True, batch_size=1)
-            log_histogram(self.trainer, "train/steps_at_halt", steps)
+            log_histogram(self.trainer, "train/steps_at_halt", as_values(steps))
 
     def _renewed(self, stream: PuzzleStream) -> Carry:
         """The carry for the next step: lanes that have halted hold their next puzzles."""
@@ -274,8 +282,7 @@ class ReasoningModule(ManualModule):
             self.log(shown, figures.pop(shown), prog_bar=True, sync_dist=True)  # equal on all ranks already
             self.log_dict(figures, sync_dist=True)
             curves = self.curves[name] = metrics.curves()  # type: ignore[operator]
-            number = torch.arange(1, len(curves.halted) + 1).repeat_interleave(curves.halted)
-            log_histogram(self.trainer, f"{stage}/{name}/steps_at_halt", number)
+            log_histogram(self.trainer, f"{stage}/{name}/steps_at_halt", as_values(curves.halted))
 
     def forward(self, puzzles: Puzzles) -> Thoughts:
         """Answers of all supervision steps, from the initial states on; the training carry is left alone."""

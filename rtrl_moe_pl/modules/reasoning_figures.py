@@ -11,7 +11,7 @@ from rtrl_moe_pl.modules.figures import Stopwatch
 from rtrl_moe_pl.reasoning.etrm import Supervision
 from rtrl_moe_pl.reasoning.losses import StepLoss
 
-_PER_ROW = ("loss", "answer_loss", "q_halt_loss", "kl", "gradient_coverage")
+_PER_ROW = ("loss", "answer_loss", "q_halt_loss", "q_continue_loss", "kl", "gradient_coverage")
 _AT_HALT = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")
 
 
@@ -20,14 +20,21 @@ class ReasoningFigures(Stopwatch):
 
     Losses and gradient coverage are means over all lanes; accuracies and steps over the puzzles that lanes were done
     with.
+
+    Args:
+        max_steps: largest number of supervision steps of a puzzle.
     """
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+        super().__init__()
 
     def clear(self) -> None:
         super().clear()
         self._rows: Tensor | float = 0.0  # [loss, .., number of rows]
         self._halts: Tensor | float = 0.0  # [accuracy, .., number of halts]
-        self._steps: list[Tensor] = []
-        self._variational = False
+        self._steps: Tensor | int = 0  # [max_steps], how many halted after 1, 2, .. steps
+        self._seen: set[str] = set()  # losses that not every configuration or step has
 
     def add(self, made: Supervision, loss: StepLoss, total: Tensor, reached: Tensor, halted: Tensor) -> None:
         """Add a step.
@@ -40,18 +47,20 @@ class ReasoningFigures(Stopwatch):
             halted: [B] bool, which lanes are done after it.
         """
         valid, steps = made.carry.puzzles.valid, made.carry.steps
-        kl = made.encoding.kl
-        rows = (total, loss.answer.sum(), loss.halt.sum(), total.new_zeros(()) if kl is None else kl.sum(), reached)
+        some = {"kl": made.encoding.kl, "q_continue_loss": loss.go_on}
+        self._seen |= {name for name, values in some.items() if values is not None}
+        sums = {name: total.new_zeros(()) if values is None else values.sum() for name, values in some.items()}
+        rows = (total, loss.answer.sum(), loss.halt.sum(), sums["q_continue_loss"], sums["kl"], reached)
         done = halted & valid
         by_row = (loss.accuracy, loss.correct, (made.answer.halt >= 0) == loss.correct, steps)
-        self._variational = kl is not None
         with torch.no_grad():
             self._rows = self._rows + torch.stack([*rows, valid.sum()]).double()
             self._halts = self._halts + torch.stack([*((v * done).sum() for v in by_row), done.sum()]).double()
-        self._steps.append(steps[done])
+            number = torch.arange(1, self.max_steps + 1, device=steps.device)
+            self._steps = self._steps + ((steps[:, None] == number) & done[:, None]).sum(0)
 
     def read(self) -> tuple[dict[str, float], Tensor]:
-        """Figures by tag, and the steps [n] of all puzzles that lanes were done with; forgets them.
+        """Figures by tag, and how many puzzles lanes were done with after 1, 2, .. steps, [max_steps]; forgets them.
 
         Figures that nothing was counted for are missing.
         """
@@ -61,10 +70,10 @@ class ReasoningFigures(Stopwatch):
                 *values, count = sums.tolist()
                 if count:
                     figures |= {f"train/{name}": value / count for name, value in zip(names, values, strict=True)}
-        if not self._variational:
-            figures.pop("train/kl", None)
-        steps = torch.cat(self._steps) if self._steps else torch.zeros(0)
-        figures["train/puzzles_per_second"] = len(steps) / self.elapsed()
+        for name in {"kl", "q_continue_loss"} - self._seen:
+            figures.pop(f"train/{name}", None)
+        steps = self._steps if isinstance(self._steps, Tensor) else torch.zeros(self.max_steps, dtype=torch.int64)
+        figures["train/puzzles_per_second"] = int(steps.sum()) / self.elapsed()
         self.clear()
         return figures, steps
 
@@ -110,3 +119,8 @@ def grad_norms(module: nn.Module, total: float) -> dict[str, Any]:
     }
     scale = total / torch.stack(list(parts.values())).norm().clamp(min=torch.finfo(torch.float32).tiny)
     return {"train/grad_norm": total} | {f"train/{part}_grad_norm": scale * value for part, value in parts.items()}
+
+
+def as_values(counts: Tensor) -> Tensor:
+    """[n]: 1, 2, .. as often as counted."""
+    return torch.arange(1, len(counts) + 1, device=counts.device).repeat_interleave(counts)

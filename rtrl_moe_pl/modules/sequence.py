@@ -45,6 +45,7 @@ class SequenceModule(ManualModule):
         ValueError: if readout and cell, or algorithm and data, do not fit.
     """
 
+    advice = f"{ManualModule.advice}, or a shorter sequence"
     _figures: TrainingFigures
 
     def __init__(

@@ -18,13 +18,15 @@ class StepLoss(NamedTuple):
     """Losses of each row, [B], zero in rows of padding; not averaged over rows anywhere here."""
 
     answer: Tensor  # mean over the row's asked cells
-    halt: Tensor  # of q_halt (and q_continue)
+    halt: Tensor  # of q_halt
+    go_on: Tensor | None  # of q_continue; None: it is not trained
     accuracy: Tensor  # share of the row's asked cells that are right
     correct: Tensor  # bool: every asked cell is right, and there is one
 
     def total(self, halt_weight: float) -> Tensor:
         """Summed over rows, 0-dim."""
-        return (self.answer + halt_weight * self.halt).sum()
+        halting = self.halt if self.go_on is None else self.halt + self.go_on
+        return (self.answer + halt_weight * halting).sum()
 
 
 def log_stablemax(logits: Tensor) -> Tensor:
@@ -83,6 +85,7 @@ class ReasoningLoss(nn.Module):
         predictions = answer.logits.argmax(-1)
         correct = correct_rows(predictions, labels)
         halt = functional.binary_cross_entropy_with_logits(answer.halt, correct.to(answer.halt.dtype), reduction="none")
+        go_on = None
         if go_on_target is not None:
-            halt = halt + functional.binary_cross_entropy_with_logits(answer.go_on, go_on_target, reduction="none")
-        return StepLoss(per_row, halt * valid, cell_accuracy(predictions, labels), correct)
+            go_on = valid * functional.binary_cross_entropy_with_logits(answer.go_on, go_on_target, reduction="none")
+        return StepLoss(per_row, halt * valid, go_on, cell_accuracy(predictions, labels), correct)

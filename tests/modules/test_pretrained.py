@@ -102,3 +102,16 @@ def test_only_the_embeddings_of_puzzles_seen_move_by_their_own_optimizer(tmp_pat
     assert moved[seen].any(1).all()
     assert int(moved.any(1).sum()) == len(seen) < 6
     assert len(made.optimizers[0].param_groups) == 2
+
+
+def test_a_run_that_goes_on_does_not_need_the_file(tmp_path: Path) -> None:
+    made, _ = run(tmp_path, module())
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    made, _ = run(tmp_path, module(pretrained=str(tmp_path / "a.ckpt")), 2)
+    made.save_checkpoint(tmp_path / "b.ckpt")
+    (tmp_path / "a.ckpt").unlink()
+    model = module(pretrained=str(tmp_path / "a.ckpt"))
+    made, _ = run(tmp_path, model, 4, ckpt_path=str(tmp_path / "b.ckpt"))
+    assert made.global_step == 4
+    with pytest.raises(FileNotFoundError, match=r"model\.pretrained: there is no file"):
+        run(tmp_path, module(pretrained=str(tmp_path / "a.ckpt")), 4)

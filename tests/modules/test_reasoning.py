@@ -189,6 +189,9 @@ def test_figures_of_training_and_evaluation(tmp_path: Path) -> None:
         assert int(model.evaluations[split].count) == 7  # type: ignore[call-overload,arg-type]  # no more, no less
 
 
+EVERY_SECOND = {"log_every_n_steps": 2}
+
+
 @pytest.mark.parametrize("options", [{"gradient_clip": None}, {"gradient_clip": 1e-3}, {"update_every": 2}])
 def test_gradient_norms_add_up(tmp_path: Path, options: dict[str, Any]) -> None:
     _, logged = run(tmp_path, module(**options))
@@ -213,6 +216,24 @@ def test_a_kl_is_weighed_and_logged(tmp_path: Path) -> None:
         losses.append(logged[0]["train/loss"])
         assert logged[0]["train/kl"] > 0
     assert losses[1] - losses[0] == pytest.approx(logged[0]["train/kl"], rel=1e-4)
+
+
+def test_a_kl_stays_in_the_figures_when_the_last_step_encoded_nothing(tmp_path: Path) -> None:
+    """Of a cached mode, in which most steps encode no lane; read after every second batch."""
+    halting = Halting(max_steps=2, exploration=0.0)
+    _, logged = run(tmp_path, module(VariationalEncoder, mode="cached", halting=halting), 6, trainer=EVERY_SECOND)
+    assert all("train/kl" in figures for figures in logged)
+
+
+def test_losses_of_q_halt_and_q_continue_are_logged_apart(tmp_path: Path) -> None:
+    (with_, *_), (without, *_) = (
+        run(tmp_path, module(halting=Halting(max_steps=3, q_continue=wanted)), 1)[1] for wanted in (True, False)
+    )
+    assert with_["train/q_halt_loss"] == without["train/q_halt_loss"] > 0
+    assert with_["train/q_continue_loss"] > 0
+    assert "train/q_continue_loss" not in without
+    gap = with_["train/loss"] - without["train/loss"]
+    assert gap == pytest.approx(0.5 * with_["train/q_continue_loss"], rel=1e-3)
 
 
 def test_rates_of_encoder_and_decoder(tmp_path: Path) -> None:

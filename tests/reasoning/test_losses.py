@@ -73,7 +73,10 @@ def test_q_continue_is_trained_only_if_it_has_a_target() -> None:
     without = ReasoningLoss()(given, LABELS)
     target = torch.tensor([1.0, 0.25, 0.5])
     found = ReasoningLoss()(given, LABELS, target)
-    assert torch.allclose((found.halt - without.halt)[:2], torch.full((2,), 2.0).log())
+    assert without.go_on is None
+    assert torch.equal(found.halt, without.halt)  # that of q_halt alone
+    assert torch.allclose(found.go_on, torch.tensor([2.0, 2.0, 1.0]).log())  # type: ignore[arg-type]
+    assert torch.allclose(found.total(0.5) - without.total(0.5), torch.tensor(2.0).log())
     gradient = torch.autograd.grad(found.total(1.0), given.go_on)[0]
     assert torch.allclose(gradient, torch.tensor([-0.5, 0.25, 0.0]))
 

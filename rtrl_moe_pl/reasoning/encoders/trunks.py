@@ -55,8 +55,7 @@ class TokenTrunk(nn.Module):
         super().__init__()
         self.tokens = DemoTokens(shape, width, paired)
         self.blocks = nn.ModuleList(
-            Block(width, Attention(width, heads), expansion)
-            for _ in range(at_least(0 if paired else 1, "layers", layers))
+            Block(width, Attention(width, heads), expansion) for _ in range(at_least(0, "layers", layers))
         )
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:  # [N, S], [N, S] -> [N, T, D]
@@ -76,7 +75,7 @@ class PooledTrunk(nn.Module):
     def __init__(self, shape: PuzzleShape, width: int, layers: int, heads: int, expansion: float, pool: str) -> None:
         super().__init__()
         self.pool = one_of(("mean", "attention", "weighted"), "pool", pool)
-        self.trunk = TokenTrunk(shape, width, layers, heads, expansion)
+        self.trunk = TokenTrunk(shape, width, at_least(1, "layers", layers), heads, expansion)
         if pool == "attention":
             self.query = nn.Parameter(truncated_normal_(torch.empty(1, width), 1.0))
             self.read = CrossAttention(width, heads)
