@@ -39,7 +39,8 @@ class Freeze(Callback):
         if self.steps is None or trainer.global_step < self.steps:
             for name, parameter in pl_module.named_parameters():
                 if name.startswith(self.part) and parameter.requires_grad:
-                    self._held.append(parameter.requires_grad_(False))
+                    parameter.requires_grad_(False)
+                    self._held.append(parameter)
             if not any(parameter.requires_grad for parameter in pl_module.parameters()):
                 raise ValueError(f"Freeze: with part={self.part!r} every parameter is frozen: leave one to train")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rtrl_moe_pl.modules import ArcEvaluation
+from rtrl_moe_pl.reasoning.evaluator import ArcEvaluator
 from tests.modules.arc_helpers import Oracle, arc_data
 from tests.modules.helpers import trainer
 from tests.modules.reasoning_helpers import data, module
@@ -67,7 +68,7 @@ def test_under_augmentation_answers_are_turned_back_and_vote(tmp_path: Path) -> 
 
 
 def test_the_submission_is_written_after_test_and_never_over_another(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate("validate", tmp_path)
     path = tmp_path / "submission.json"
@@ -81,7 +82,11 @@ def test_the_submission_is_written_after_test_and_never_over_another(
         answers = [pair["output"] for pair in HELD_OUT[name]["test"]]
         assert [test["attempt_1"] for test in found[name]] == answers
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match=r"submission\.json exists and is not overwritten"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(FileExistsError, match=r"submission\.json exists and is not over"),
+    ):
+        patch.setattr(ArcEvaluator, "update", None)  # it is refused before anything is evaluated
         evaluate("test", tmp_path, fails=2)
     assert path.read_bytes() == before
 
