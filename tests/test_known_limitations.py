@@ -16,6 +16,7 @@ from rtrl_moe_pl.gradients import rtrl as rtrl_module
 from rtrl_moe_pl.gradients.memory import Memory
 from rtrl_moe_pl.reasoning import PuzzleEmbedding
 from rtrl_moe_pl.tasks.puzzles import Puzzles, PuzzleShape
+from tests.modules import reasoning_helpers as reasoning
 from tests.modules.helpers import data, module, trainer
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "known_limitations.md"
@@ -222,3 +223,13 @@ def test_reasoning_is_not_audited(capsys: pytest.CaptureFixture[str]) -> None:
     config = Path(__file__).parents[1] / "configs" / "trm_maze.yaml"
     assert main(["audit", "--config", str(config)]) == 1
     assert "audit needs a SequenceModule" in capsys.readouterr().err
+
+
+def test_bf16_mixed_changes_nothing_in_reasoning(tmp_path: Path) -> None:
+    weights = []
+    for precision in ("32-true", "bf16-mixed", "64-true"):
+        model = reasoning.module()
+        reasoning.run(tmp_path, model, 2, trainer={"precision": precision})
+        weights.append(torch.cat([p.detach().float().flatten() for p in model.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
