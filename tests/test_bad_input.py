@@ -50,7 +50,7 @@ CASES = [
     (
         "second callback",
         [*("--trainer.callbacks+=RoutingPicture", "--trainer.callbacks+=TemperatureAnnealing"), *BATCHES_0],
-        ["trainer.callbacks.batches must be at least 1, got 0"],
+        ["trainer.callbacks (TemperatureAnnealing).batches must be at least 1, got 0"],
     ),
     (
         "class that is not in its module",
@@ -124,17 +124,17 @@ CASES = [
     ),
     ("negative lr", ["--model.optimizer.lr=-1"], ["model.optimizer: Invalid learning rate: -1"]),
     ("never a checkpoint", ["--checkpoint.every_n_epochs=0"], ["checkpoint.every_n_epochs must be at least 1, got 0"]),
+    (
+        "time between checkpoints",
+        ["--checkpoint.train_time_interval=00:01:00"],
+        ["checkpoint.train_time_interval has no effect", "use every_n_train_steps or every_n_epochs"],
+    ),
     ("unknown mode", ["--checkpoint.mode=best"], ["checkpoint: `mode` can be min, max but got best"]),
     ("negative seed", ["--seed_everything=-1"], ["seed_everything must be at least 0 and below 2^32, got -1"]),
     (
-        "figure that is not logged, by the sanity check",
-        ["--checkpoint.monitor=val/acuracy", "--trainer.check_val_every_n_epoch=3"],
-        ["checkpoint.monitor: nothing logs 'val/acuracy': give one of epoch, step, val/accuracy, val/accuracy_2x"],
-    ),
-    (
-        "figure that is not logged, by the first validation",
-        ["--checkpoint.monitor=val/quality"],
-        ["checkpoint.monitor: nothing logs 'val/quality'", "train/accuracy", "val/accuracy"],
+        "figure that is not logged",
+        ["--checkpoint.monitor=val/acuracy"],
+        ["checkpoint.monitor: nothing logs 'val/acuracy': give one of epoch, step, train/accuracy, ", ", val/loss_4x"],
     ),
 ]
 
@@ -214,18 +214,25 @@ def test_bad_command_lines(here: Path, capsys: pytest.CaptureFixture[str], argum
     refused(capsys, ["fit", *arguments], [part])
 
 
-@pytest.mark.parametrize("options", [["--trainer.max_steps=3"], ["--checkpoint.every_n_train_steps=2"]])
-def test_a_figure_that_is_not_known_yet_is_no_fault(
-    here: Path, recwarn: pytest.WarningsRecorder, options: list[str]
+def test_an_error_beside_a_class_of_the_users_own_module_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The end, or a checkpoint, comes before the first validation."""
-    assert main(["fit", "--config", "config.yaml", *options]) == 0
-    assert not [str(warning.message) for warning in recwarn if "ModelCheckpoint" in str(warning.message)]
+    (here / "my_callbacks.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n\n\nclass MyOwn(Callback): ...\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    callbacks = ["--trainer.callbacks+=my_callbacks.MyOwn", "--trainer.callbacks+=Freez"]
+    refused(capsys, ["fit", "--config", "config.yaml", *callbacks], ["there is no class Freez", ", MyOwn, "])
 
 
-def test_a_figure_of_training_is_not_looked_for_in_the_sanity_check(here: Path) -> None:
-    assert main(["fit", "--config", "config.yaml", "--checkpoint.monitor=train/loss", "--checkpoint.mode=min"]) == 0
-    assert list(here.rglob("best-*.ckpt"))
+def test_an_error_that_is_not_understood_is_one_line_too(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(error: BaseException) -> str:
+        raise KeyError(str(error))
+
+    monkeypatch.setattr("rtrl_moe_pl.cli.command_line.one_line", fails)
+    refused(capsys, ["fit", "--config", "config.yaml", "--trainer.max_steps=ten"], ["trainer.max_steps", "ten"])
 
 
 def truncated(path: Path) -> None:

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 from jsonargparse import Namespace
-from torch.optim import SGD
+from lightning.pytorch.callbacks import ModelSummary
+from torch import optim
+from torch.nn import Identity
+from torch.optim import AdamW, RMSprop
 
 from rtrl_moe_pl.cells import GRU
 from rtrl_moe_pl.cli import CommandLine
 from rtrl_moe_pl.cli.messages import locate
+from rtrl_moe_pl.training import EMA
+from rtrl_moe_pl.training.callbacks import BestCheckpoint
 from tests.test_cli import CONFIG as SEQUENCES
 
 
@@ -18,32 +23,67 @@ def at(class_path: str, **options: object) -> Namespace:
 
 
 CONFIG = Namespace(
-    trainer=Namespace(callbacks=[at("rtrl_moe_pl.training.EMA", decay=2.0)], max_steps=3),
+    trainer=Namespace(
+        callbacks=[
+            at("rtrl_moe_pl.training.EMA", decay=2.0),
+            at("lightning.pytorch.callbacks.ModelSummary", max_depth=-2),
+        ],
+        plugins=[at("torch.nn.Identity")],
+        max_steps=3,
+    ),
     model=at(
         "rtrl_moe_pl.modules.ReasoningModule",
-        kl_weight=0.0,
-        optimizer=at("torch.optim.SGD", lr=0.1),
-        embedding_optimizer=at("torch.optim.SGD", lr=float("nan")),
+        loss=Namespace(),
+        optimizer=at("torch.optim.AdamW", lr=0.1, betas=[0.9, 2.0], foreach=None),
+        embedding_optimizer=at("torch.optim.AdamW", lr=0.1, betas=(0.9, 0.9), foreach=True),
+        encoder=at("torch.optim.SGD", lr=float("nan"), momentum=0.5, groups=[at("torch.nn.Identity")]),
+        halting=at("torch.optim.RMSprop", lr=0.1),
+        decoder=at("torch.optim.RMSprop", lr=0.1),
     ),
     checkpoint=Namespace(mode="max", monitor=None),
 )
 
 
-class EMA: ...
-
-
-class BestCheckpoint: ...
+class SGD:
+    """Not torch's."""
 
 
 @pytest.mark.parametrize(
     ("made", "given", "message", "located"),
     [
-        (EMA, {"decay": 2.0}, "decay must be below 1", "trainer.callbacks.decay must be below 1"),
-        (EMA, {"decay": 2.0}, "decays are small", "trainer.callbacks: decays are small"),
-        (SGD, {"lr": 0.1, "params": []}, "Invalid learning rate", "model.optimizer: Invalid learning rate"),
-        (SGD, {"lr": float("nan")}, "lr must be finite", "model.embedding_optimizer.lr must be finite"),
-        (BestCheckpoint, {"mode": "max", "monitor": None}, "mode is unknown", "checkpoint.mode is unknown"),
-        (SGD, {"lr": 0.1}, "model.optimizer.lr must be finite", "model.optimizer.lr must be finite"),
+        (EMA, {"decay": 2.0}, "decay must be below 1", "trainer.callbacks (EMA).decay must be below 1"),
+        (ModelSummary, {"max_depth": -2}, "`max_depth` is", "trainer.callbacks (ModelSummary): `max_depth` is"),
+        (Identity, {}, "no input", "Identity: no input"),
+        (EMA, {"decay": 2.0}, "decay of precision", "trainer.callbacks (EMA): decay of precision"),
+        (EMA, {"decay": 2.0}, "decay: too large", "trainer.callbacks (EMA).decay: too large"),
+        (EMA, {"decay": 2.0}, "decay (of 1) must be", "trainer.callbacks (EMA).decay (of 1) must be"),
+        (EMA, {"decay": 2.0}, "decay + a must be", "trainer.callbacks (EMA).decay + a must be"),
+        (EMA, {"decay": 2.0}, "decay=2.0 is", "trainer.callbacks (EMA).decay=2.0 is"),
+        (
+            AdamW,
+            {"lr": 0.1, "betas": (0.9, 2.0), "foreach": None, "params": []},
+            "Invalid beta",
+            "model.optimizer: Invalid beta",
+        ),
+        (
+            AdamW,
+            {"lr": 0.1, "betas": [0.9, 0.9], "foreach": True},
+            "betas must differ",
+            "model.embedding_optimizer.betas must differ",
+        ),
+        (AdamW, {"lr": 0.1, "betas": (0.9, 2.0), "foreach": True}, "Invalid beta", "Invalid beta"),
+        (
+            optim.SGD,
+            {"lr": float("nan"), "momentum": 0.5, "groups": [Identity()]},
+            "lr must be finite",
+            "model.encoder.lr must be finite",
+        ),
+        (SGD, {"lr": float("nan"), "momentum": 0.5}, "lr must be finite", "lr must be finite"),
+        (RMSprop, {"lr": 0.1}, "lr must be finite", "RMSprop.lr must be finite"),
+        (dict, {}, "empty", "empty"),
+        (BestCheckpoint, {"mode": "max", "monitor": None}, "mode has no", "checkpoint.mode has no"),
+        (BestCheckpoint, {"mode": "max", "monitor": "a"}, "mode has no", "mode has no"),
+        (AdamW, {"lr": 0.1}, "model.optimizer.lr must be finite", "model.optimizer.lr must be finite"),
         (GRU, {"lr": 0.1}, "lr must be finite", "lr must be finite"),
     ],
 )

@@ -28,6 +28,13 @@ def test_pretrained_weights_are_evaluated_where_there_is_no_checkpoint(
     assert run("predict", "--model.pretrained", last(fitted)) == 0
 
 
+def test_a_pretrained_decoder_alone_predicts_nothing(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = ["--model.encoder=StandardEncoder", "--model.encoder.layers=1", "--model.pretrained", last(fitted)]
+    refused(capsys, ["predict", *COMMON, *other], ["predict needs trained weights, and those of the encoder are not"])
+    assert run("validate", *other) == 0
+    assert "no --ckpt_path: these are the weights of an untrained encoder" in capsys.readouterr().out
+
+
 def test_a_pretrained_model_of_another_architecture_is_refused_by_the_name_of_the_option(
     fitted: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ from rtrl_moe_pl.training.callbacks import Bar, BestCheckpoint, LastCheckpoint, 
 from rtrl_moe_pl.training.checkpoints import newest_readable, require_readable, require_writable
 
 # Lightning's, about what is meant here: data made on the device, one folder per run, figures every few batches, saving
-# after the step. A best checkpoint that is due before its figure is known comes later: see `BestCheckpoint`.
+# after the step. Of a figure that is not known when a checkpoint is due, `BestCheckpoint` warns at the end.
 IGNORED_WARNINGS = (
     "does not have many workers",
     "The dirpath has changed from",
@@ -152,9 +152,12 @@ class CommandLine(LightningCLI):
     before_test, after_test = before_validate, after_validate
 
     def before_instantiate_classes(self) -> None:
+        given = self.config[self.config.subcommand].clone()
+        for _, target in LINKS:
+            given.pop(target, None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # as LightningCLI itself, for any jsonargparse 4
-            self.parser.add_instantiator(Maker(self.config[self.config.subcommand]), object)
+            self.parser.add_instantiator(Maker(given), object)
         threads = self.config[self.config.subcommand].threads
         if threads is not None:
             if threads < 1:
@@ -176,12 +179,16 @@ class CommandLine(LightningCLI):
         command = self.config.subcommand
         if command not in ("validate", "test", "predict") or self.config[command].ckpt_path is not None:
             return
+        untrained = "model"
         if isinstance(self.model, ReasoningModule) and self.model.pretrained is not None:
-            load_pretrained(self.model, Path(self.model.pretrained))
-        elif command == "predict":
-            raise ValueError("predict needs trained weights: give --ckpt_path PATH, or last for the newest checkpoint")
-        else:
-            print("no --ckpt_path: these are the weights of an untrained model")
+            untrained = "" if load_pretrained(self.model, Path(self.model.pretrained)) else "encoder"
+        if untrained and command == "predict":
+            raise ValueError(
+                f"predict needs trained weights, and those of the {untrained} are not: give --ckpt_path PATH, or last "
+                "for the newest checkpoint"
+            )
+        if untrained:
+            print(f"no --ckpt_path: these are the weights of an untrained {untrained}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.config.subcommand]
@@ -233,5 +240,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        try:
+            message = one_line(error)
+        except Exception:  # the parser has other words than those that are known
+            message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from pydoc import locate as find
 from typing import Any, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
@@ -38,6 +39,8 @@ _OF_CLASS = re.compile(r"Namespace\(class_path='([^']+)'")
 _OPTION = re.compile(r"--|(model|data|trainer|checkpoint)[.:]")  # at the beginning of a message that names its option
 _TYPES = {"collections.abc.Sequence": "a list", "collections.abc.Mapping": "keys and values"}
 _NO_CLASS = re.compile(r"Expected a dot import path string: (.*)")
+_NO_FIGURE = re.compile(r"`ModelCheckpoint\(monitor=(.*?)\)` could not find the monitored key .*?: \[(.*?)\]")
+_BEGINS = re.compile(r"(\w+)(?=( \([^)]*\)| \+ \w+)?( must| has|=| '|:))")  # about an option: no prose
 _NO_YAML = re.compile(r"(?:Problems parsing config: |Unexpected config: *)(.*)", re.DOTALL)
 
 
@@ -54,6 +57,9 @@ def one_line(error: BaseException) -> str:
         return (
             f"--config: the file is not a YAML mapping of keys to values: {' '.join(found[1].split()) or 'it is empty'}"
         )
+    if found := _NO_FIGURE.match(text):  # Lightning's
+        logged = sorted(name.strip("'") for name in found[2].split(", "))
+        return f"checkpoint.monitor: nothing logs {found[1]}: give one of {', '.join(logged)}"
     if missing := _REQUIRED.match(text):  # of the command itself
         needed = " and ".join(re.sub(r"\w+\.", "", missing[1]).split(", "))
         return f"no {needed} given: name a configuration that has them, --config FILE"
@@ -141,10 +147,10 @@ def _hint(owner: str | None, path: str) -> Any:
 
 
 def _public(cls: type) -> bool:
-    """Whether its package, or its module's list, offers the class."""
-    return hasattr(sys.modules[cls.__module__.rpartition(".")[0]], cls.__name__) or cls.__name__ in getattr(
-        sys.modules[cls.__module__], "__all__", ()
-    )
+    """Whether its package (a module that is in none: itself), or its module's list, offers the class."""
+    package = sys.modules.get(cls.__module__.rpartition(".")[0] or cls.__module__)
+    listed = getattr(sys.modules.get(cls.__module__), "__all__", ())
+    return hasattr(package, cls.__name__) or cls.__name__ in listed
 
 
 def _bases(hint: Any) -> list[type]:
@@ -169,7 +175,7 @@ class Maker:
     The command line is kept out of it: a model keeps it with its optimizer, and models are copied and pickled.
 
     Args:
-        config: of the subcommand.
+        config: of the subcommand, without the options that others decide.
     """
 
     def __init__(self, config: Namespace) -> None:
@@ -186,6 +192,8 @@ class Maker:
 def locate(error: Exception, made: type, given: dict[str, Any], config: Namespace) -> None:
     """Put before a class's own words where in the configuration it, or the option that they begin with, is.
 
+    The class's name stands for the place if there are several that it can have been made from.
+
     Args:
         error: raised while an object of the configuration was made; changed in place.
         made: the class of that object.
@@ -195,23 +203,37 @@ def locate(error: Exception, made: type, given: dict[str, Any], config: Namespac
     message = error.args[0] if len(error.args) == 1 else None
     if not isinstance(message, str) or _OPTION.match(message):  # one within it has been located already
         return
-    for path, name, options in _places(config, ""):
-        plain = {key: value for key, value in options.items() if isinstance(value, str | int | float)}
-        same = name == made.__name__ if name else given.keys() == options.keys()
-        if same and all(str(given.get(key)) == str(value) for key, value in plain.items()):
-            first = re.match(r"\w+", message)
-            error.args = (f"{path}.{message}" if first and first[0] in options else f"{path}: {message}",)
-            return
+    found = [(path, options) for path, name, options in _places(config, "") if _made(made, given, name, options)]
+    if not found:
+        return
+    path, options = found[0] if len(found) == 1 else (made.__name__, given)
+    option = _BEGINS.match(message)
+    error.args = (f"{path}.{message}" if option and option[1] in options else f"{path}: {message}",)
+
+
+def _made(made: type, given: dict[str, Any], name: str | None, options: dict[str, Any]) -> bool:
+    """Whether an object of this class, with these arguments, can be the one of a class path and options."""
+    same = find(name) is made if name else given.keys() == options.keys()
+    plain = {key: value for key, value in options.items() if "Namespace(" not in repr(value)}  # no objects by now
+    return same and all(_plain(given.get(key)) == _plain(value) for key, value in plain.items())
+
+
+def _plain(value: Any) -> Any:
+    """What is compared: lists and tuples are alike, and so are all nan."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)
 
 
 def _places(config: Any, path: str) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-    """Path, class name and options of all objects of a configuration; no name where the class is not to be chosen."""
+    """Path, class path and options of all objects of a configuration; none where the class is not to be chosen."""
     if isinstance(config, list):
         for item in config:
-            yield from _places(item, path)
+            several = len(config) > 1 and isinstance(item, Namespace) and "class_path" in item
+            yield from _places(item, f"{path} ({item.class_path.rsplit('.', 1)[-1]})" if several else path)
     elif isinstance(config, Namespace):
-        options = config.get("init_args", Namespace()) if "class_path" in config else config
-        if path:
-            yield path, config.get("class_path", "").rsplit(".", 1)[-1] or None, vars(options)
+        options, name = config, config.get("class_path")
+        if name:
+            options = config.get("init_args", Namespace())
+        if path and (name or vars(options)):
+            yield path, name, vars(options)
         for key, value in vars(options).items():
             yield from _places(value, f"{path}.{key}".lstrip("."))

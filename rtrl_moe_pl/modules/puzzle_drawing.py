@@ -33,12 +33,14 @@ _GAP, _MARGIN = 0.3, 0.3  # between panels, with room for an arrow; around all
 _WIDEST, _COLUMNS = 17.0, 10  # the picture; at most so many panels side by side
 _READABLE = 0.11  # a symbol in smaller cells cannot be read
 
+_BLANK = -1  # instead of tokens that are no cells
+
 
 class _Panel(NamedTuple):
     """A grid with a title."""
 
     text: str
-    tokens: Tensor  # [H, W]
+    tokens: Tensor  # [H, W], _BLANK where nothing is drawn
     wrong: Tensor  # [H, W] bool
     side: int  # how many cells fill the panel
     frame: str = "grey"
@@ -72,13 +74,14 @@ def puzzle_figure(
     """
     figure = Figure()
     axes = figure.add_axes((0, 0, 1, 1))
-    one = torch.arange(len(names))[:, None]
-    blocks = [_panels(task, puzzles.rows(i), thoughts.rows(i), int(step[i])) for i in one]
+    numbers = torch.arange(len(names))[:, None]
+    blocks = [_panels(task, puzzles.rows(i), thoughts.rows(i), int(step[i])) for i in numbers]
     largest = max(panel.side for block in blocks for row in block for panel in row)
     size = min(_LARGEST, max(_SMALLEST, _CELL * largest))
     columns = max(2, min(_COLUMNS, int(_WIDEST / (size + _GAP)) // 2 * 2))
     longest = max(len(row) for block in blocks for row in block)
-    columns = -(-longest // (-(-longest // columns) * 2)) * 2  # as few as do not need more rows, and whole pairs
+    rows_needed = _divide_up(longest, columns)
+    columns = 2 * _divide_up(longest, 2 * rows_needed)  # as few as do not need more rows, and whole pairs
     width = 2 * _MARGIN + min(columns, longest) * (size + _GAP) - _GAP
     lines = textwrap.wrap(title, int(13 * width))
     y = 0.1 + 0.15 * len(lines)
@@ -89,17 +92,21 @@ def puzzle_figure(
         for line in (row[i : i + columns] for row in block for i in range(0, len(row), columns)):
             y += 0.34 if any("\n" in panel.text for panel in line) else 0.22  # titles
             left = [_MARGIN + i * (size + _GAP) for i in range(len(line))]
-            made = [_place(panel, x, y, size, task.first_token) for panel, x in zip(line, left, strict=True)]
-            y += max(one.rows * one.cell for one in made)
+            made = [_place(panel, x, y, size) for panel, x in zip(line, left, strict=True)]
+            y += max(p.rows * p.cell for p in made)
             placed += made
         axes.text(0.15, (top + y) / 2, name, rotation=90, va="center", ha="center", fontsize=8)
         y += 0.12
     figure.set_size_inches(width, y)
     axes.set(xlim=(0, width), ylim=(y, 0))  # a unit is an inch
     axes.axis("off")
-    _draw(axes, placed, task.look, task.first_token)
+    _draw(axes, placed, task.look)
     _write(axes, placed, size)
     return figure
+
+
+def _divide_up(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
 
 
 def _panels(task: PuzzleTask, puzzle: Puzzles, thought: Thoughts, given: int) -> list[list[_Panel]]:
@@ -109,9 +116,12 @@ def _panels(task: PuzzleTask, puzzle: Puzzles, thought: Thoughts, given: int) ->
     known = bool(asked.any())
     none = torch.zeros(shape, dtype=torch.bool)
 
+    def cells(tokens: Tensor) -> Tensor:  # [H, W]
+        return tokens.masked_fill(tokens < task.first_token, _BLANK).view(shape)
+
     def panel(text: str, tokens: Tensor, arrow: bool = False) -> _Panel:
-        tokens = tokens.view(shape)
-        return _Panel(text, tokens, none, max(extent(tokens >= task.first_token)), arrow=arrow)
+        shown = cells(tokens)
+        return _Panel(text, shown, none, max(extent(shown != _BLANK)), arrow=arrow)
 
     demos: list[_Panel] = []
     for k in puzzle.demo_mask[0].nonzero()[:, 0].tolist():
@@ -120,17 +130,17 @@ def _panels(task: PuzzleTask, puzzle: Puzzles, thought: Thoughts, given: int) ->
     answers: list[_Panel] = [panel("target", label.masked_fill(~asked, PAD))] if known else []
     for step, (tokens, halt) in enumerate(zip(thought.predictions[:, 0], thought.halt[:, 0].sigmoid(), strict=True)):
         wrong = (asked & (tokens != label)).view(shape)
-        tokens = tokens.masked_fill(~asked, PAD).view(shape) if known else on_canvas(task, tokens)
+        tokens = cells(tokens.masked_fill(~asked, PAD) if known else grid_tokens(task, tokens))
         frame = ("tab:red" if wrong.any() else "tab:green") if known else "grey"
         text = f"step {step + 1}{': answer' * (step == given)}\nq_halt probability {float(halt):.0%}"
-        side = max(extent((tokens >= task.first_token) | wrong))
+        side = max(extent((tokens != _BLANK) | wrong))
         answers.append(_Panel(text, tokens, wrong, side, frame, step == given))
     side = max(answer.side for answer in answers)  # the same scale for all, so that they can be compared
     rest = [panel("query", puzzle.inputs[0], arrow=known), *(answer._replace(side=side) for answer in answers)]
     return [demos, rest] if demos else [rest]
 
 
-def on_canvas(task: PuzzleTask, tokens: Tensor) -> Tensor:
+def grid_tokens(task: PuzzleTask, tokens: Tensor) -> Tensor:
     """[H, W]: what `to_grid` finds in tokens [S], in the upper left corner; PAD elsewhere, where nothing is learned."""
     canvas = torch.full((task.shape.height, task.shape.width), PAD)
     for row, numbers in zip(canvas, task.to_grid(tokens), strict=False):
@@ -144,9 +154,9 @@ def extent(there: Tensor) -> tuple[int, int]:
     return (int(rows[-1]) + 1, int(columns[-1]) + 1) if len(rows) else (1, 1)
 
 
-def _place(panel: _Panel, x: float, y: float, size: float, first_token: int) -> _Placed:
+def _place(panel: _Panel, x: float, y: float, size: float) -> _Placed:
     """With the upper left corner of a panel of ``size`` inches at (x, y)."""
-    rows, columns = extent((panel.tokens >= first_token) | panel.wrong)
+    rows, columns = extent((panel.tokens != _BLANK) | panel.wrong)
     cell = size / panel.side
     return _Placed(panel, x + (size - columns * cell) / 2, y, cell, rows, columns)
 
@@ -158,15 +168,15 @@ def _boxes(corner: np.ndarray, width: np.ndarray, height: np.ndarray) -> np.ndar
     return corners.round(6)  # neighbours share corners exactly: else there may be a gap of a pixel
 
 
-def _draw(axes: Axes, placed: list[_Placed], look: Look, first_token: int) -> None:
+def _draw(axes: Axes, placed: list[_Placed], look: Look) -> None:
     """Cells, symbols, boxes, outlines of wrong cells, and frames, each kind as one artist: that is fast."""
 
-    def cells(mask: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:  # corners [n, 2] and sizes [n] of those chosen
-        place = [one.nonzero().flip(1).numpy() for one in mask]
+    def cells(masks: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:  # corners [n, 2] and sizes [n] of those chosen
+        place = [mask.nonzero().flip(1).numpy() for mask in masks]
         corner = [(p.x, p.y) + at * p.cell for p, at in zip(placed, place, strict=True)]
         return np.concatenate(corner), np.repeat([p.cell for p in placed], [len(at) for at in place])
 
-    shown = [p.panel.tokens >= first_token for p in placed]
+    shown = [p.panel.tokens != _BLANK for p in placed]
     token = torch.cat([p.panel.tokens[mask] for p, mask in zip(placed, shown, strict=True)]).numpy()
     corner, cell = cells(shown)
     colors = np.array([to_rgb(color) for color in look.colors])[token]

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from rtrl_moe_pl.data.puzzles import PuzzleBatch
-from rtrl_moe_pl.modules.puzzle_drawing import extent, on_canvas, puzzle_figure
+from rtrl_moe_pl.modules.puzzle_drawing import extent, grid_tokens, puzzle_figure
 from rtrl_moe_pl.reasoning.etrm import Thoughts
 from rtrl_moe_pl.tasks.puzzles import IGNORED, Puzzles, PuzzleTask
 from rtrl_moe_pl.tasks.puzzles.colors import in_terminal
@@ -118,7 +118,7 @@ def _grids(task: PuzzleTask, shown: _Shown, colored: bool) -> list[str]:
     """The query and the answer."""
     lines = []
     for name, tokens in (("query", shown.puzzle.inputs[0]), ("answer", shown.thoughts.at(shown.step)[0])):
-        grid = on_canvas(task, tokens)
+        grid = grid_tokens(task, tokens)
         rows, columns = extent(grid != PAD)
         lines += [f"{name}:", in_terminal(grid[:rows, :columns], task.look, colored) + "\n"]
     return lines

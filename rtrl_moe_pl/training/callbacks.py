@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from rtrl_moe_pl.cells.base import at_least
 
@@ -24,35 +22,37 @@ class Bar(TQDMProgressBar):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """The best by ``monitor``; a figure of validation that nothing logs is refused after the first one.
+    """The best by ``monitor``; a figure that nothing logs is refused after the first validation.
 
-    It is refused after the sanity check already if it is almost the name of one that is logged; others may be logged
-    in training alone.
+    At the end of training one warning says why there is none, if so.
 
     Raises:
-        TypeError, ValueError: if every_n_train_steps or every_n_epochs is below 1, which would keep none.
+        TypeError, ValueError: if train_time_interval is given, which has no effect under manual optimization, or if
+            all of every_n_train_steps and every_n_epochs that are given are 0, which would keep none.
     """
 
     def __init__(self, **options: Any) -> None:
-        for name in ("every_n_train_steps", "every_n_epochs"):
-            if options.get(name) is not None:
-                at_least(1, name, options[name])
+        if options.get("train_time_interval") is not None:
+            raise ValueError(
+                "train_time_interval has no effect under manual optimization: use every_n_train_steps or every_n_epochs"
+            )
+        names = ("every_n_train_steps", "every_n_epochs")
+        given = {name: options[name] for name in names if options.get(name) is not None}
+        least = 0 if any(given.values()) else 1
+        for name, value in given.items():
+            at_least(least, name, value)
         super().__init__(**options)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         run: Any = trainer  # attributes that its __init__ does not declare
-        if run.state.fn == TrainerFn.FITTING and str(self.monitor).startswith("val/") and self.save_top_k != 0:
-            assert self.monitor is not None
-            names, logged = {self.monitor}, set(self._monitor_candidates(trainer))
-            if run.sanity_checking:  # Lightning gathers no figures of these, and completes their names later
-                names.add(re.sub(r"(_step|_epoch)?(/dataloader_idx_\d+)?$", "", self.monitor))
-                logged |= {result.meta.name for result in run._results.values()}
-            misspelt = get_close_matches(self.monitor, logged, cutoff=0.9)
-            if not names & logged and (misspelt or not run.sanity_checking):
-                raise ValueError(
-                    f"checkpoint.monitor: nothing logs {self.monitor!r}: give one of {', '.join(sorted(logged))}"
-                )
-        super().on_validation_end(trainer, pl_module)
+        if self.save_top_k != 0 and not self.best_model_path and not run.fast_dev_run:
+            due = "none" if self.monitor is None else f"checkpoint.monitor={self.monitor} was never there when one"
+            logged = ", ".join(sorted(self._monitor_candidates(trainer)))
+            rank_zero_warn(
+                f"no best checkpoint was kept, only last.ckpt: {due} was due (every_n_train_steps="
+                f"{self._every_n_train_steps}, every_n_epochs={self._every_n_epochs}); logged by the end: {logged}"
+            )
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,9 +76,10 @@ def _save(figure: Figure, path: Path, dpi: int) -> np.ndarray:
 
 @contextmanager
 def _harmless(path: Path) -> Iterator[None]:
-    """A picture stops no run: whatever goes wrong is one line of warning."""
+    """A picture stops no run: whatever goes wrong is one line of warning, with its place in the log at level DEBUG."""
     try:
         yield
     except Exception as error:
         cause = " ".join(str(error).split())
         rank_zero_warn(f"no picture {path}, but the run goes on: {type(error).__name__}: {cause}")
+        logging.getLogger(__name__).debug("no picture %s", path, exc_info=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,9 @@ def test_a_figure_is_rendered_once_for_the_file_and_for_loggers_that_take_images
 
 
 def test_a_fault_is_one_line_that_names_the_file_and_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken() -> Figure:
+    def broken(*a: Any, **k: Any) -> Figure:
         raise ValueError("two\nlines")
 
     with pytest.warns(UserWarning, match=r"^no picture .*a\.png, but the run goes on: ValueError: two lines$"):
@@ -66,8 +67,12 @@ def test_a_fault_is_one_line_that_names_the_file_and_stops_nothing(
         save(small, tmp_path / "file/b.png", dpi=50)
     logger = Board()
     logger.add_image = broken  # type: ignore[attr-defined]
-    with pytest.warns(UserWarning, match="^no picture .*val_name"):
+    with (
+        pytest.warns(UserWarning, match=r"^no picture .*val_name\.png, but the run goes on: ValueError: two lines$"),
+        caplog.at_level(logging.DEBUG, "rtrl_moe_pl.training.pictures"),
+    ):
         shown(tmp_path, monkeypatch, logger)
+    assert "in broken" in caplog.text  # the place, for who looks for it
 
     def stopped() -> Figure:
         raise KeyboardInterrupt

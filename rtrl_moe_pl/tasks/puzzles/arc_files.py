@@ -161,7 +161,7 @@ def _read_all(folder: Path) -> list[ArcTask]:
             warnings.warn(f"left out: {fault}", stacklevel=2)
     if not tasks:
         found = f"of its {len(files)} .json files none is an ARC task" if files else "there is no .json file in it"
-        raise ValueError(f"source {folder}: {found}; a file holds one task, {FORM}")
+        raise ValueError(f"source {str(folder)!r}: {found}; a file holds one task, {FORM}")
     return tasks
 
 
