@@ -119,19 +119,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def curves(axes: Axes, rows: list[dict[str, Any]], figure: str, style: str = "-", label: str | None = None) -> None:
-    """One line per row, labelled once per run."""
-    labelled = set()
-    for row in rows:
-        name = row["run"].removeprefix("colors ") if label is None else label
-        steps, values, _ = zip(*row["curves"][figure], strict=True)
-        text = None if name in labelled else name
-        axes.plot(steps, values, style, color=COLOURS[row["run"]], label=text, linewidth=1.3)
-        labelled.add(name)
+    """Of each run a thin line per seed, and a thick one, which has the label: the mean of the seeds 0 to 2."""
+    for kind in dict.fromkeys(row["run"] for row in rows):
+        found = {row["seed"]: list(zip(*row["curves"][figure], strict=True)) for row in rows if row["run"] == kind}
+        for steps, values, _ in found.values():
+            axes.plot(steps, values, style, color=COLOURS[kind], linewidth=0.6, alpha=0.5)
+        means = [sum(values) / len(values) for values in zip(*(found[s][1] for s in found if s < 3), strict=True)]
+        name = kind.removeprefix("colors ") if label is None else label
+        axes.plot(found[0][0], means, style, color=COLOURS[kind], label=name, linewidth=2)
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """benchmarks/results/etrm_ablation.png."""
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
     (held_out, coverage, others), of = panels, {name: [r for r in rows if r["run"] == name] for name in COLOURS}
     colors = [row for row in rows if row["run"].startswith("colors")]
     curves(held_out, colors, "held_out")
@@ -147,7 +147,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     others.set(title="Other puzzles", ylabel="exact accuracy (q-halt)")
     for axes in panels:
         axes.set(xlabel="optimizer steps", ylim=(-0.03, 1.03))
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
         axes.grid(alpha=0.25)
     figure.savefig(RESULTS / "etrm_ablation.png", dpi=110)
     plt.close(figure)
