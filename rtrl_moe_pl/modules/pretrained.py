@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from rtrl_moe_pl.modules.base import ARCHITECTURE, ManualModule
@@ -41,4 +42,5 @@ def load_pretrained(module: ManualModule, path: Path) -> bool:
     else:
         saved = {name: value for name, value in saved.items() if name.startswith("decoder")}
     module.load_state_dict({**ours, **saved})
+    rank_zero_info(f"{OPTION}: begins with the decoder{' and the encoder' * whole} of {path}")
     return whole

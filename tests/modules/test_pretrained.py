@@ -20,14 +20,20 @@ def same(one: nn.Module, two: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
 
 
-def test_a_pretrained_decoder_is_taken_and_an_encoder_of_the_same_class(tmp_path: Path) -> None:
+def test_a_pretrained_decoder_is_taken_and_an_encoder_of_the_same_class(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = module()
     made, _ = run(tmp_path, source)
     made.save_checkpoint(tmp_path / "a.ckpt")
     for encoder, taken in ((PairTokenEncoder, True), (VariationalEncoder, False)):
         model = module(encoder, seed=5, pretrained=str(tmp_path / "a.ckpt"))
         before = {name: p.detach().clone() for name, p in model.encoder.named_parameters()}
-        run(tmp_path, model, 0)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            run(tmp_path, model, 0)
+        said = f"model.pretrained: begins with the decoder{' and the encoder' * taken} of {tmp_path / 'a.ckpt'}"
+        assert said in caplog.messages
         assert all(
             torch.equal(p, q) for p, q in zip(model.decoder.parameters(), source.decoder.parameters(), strict=True)
         )

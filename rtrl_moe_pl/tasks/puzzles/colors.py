@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 from torch import Tensor
 
 ARC = ("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25")
+NONE = "?"  # the symbol of a token that is no number: where one was asked for, an answer has none
 _RESET = "\x1b[0m"
 
 
@@ -22,7 +23,7 @@ class Look(NamedTuple):
     def of_grids(vocabulary: int) -> Look:
         """Nothing, the border, and the ten colours of ARC with their numbers."""
         colors = ("#ffffff", "#e8e8e8", *ARC)[:vocabulary]
-        return Look(colors, ("", "", *map(str, range(10)))[:vocabulary])
+        return Look(colors, (NONE, NONE, *map(str, range(10)))[:vocabulary])
 
 
 def in_terminal(grid: Tensor, look: Look, colored: bool) -> str:
@@ -33,7 +34,8 @@ def in_terminal(grid: Tensor, look: Look, colored: bool) -> str:
 
 
 def _cell(look: Look, token: int) -> str:
-    symbol = look.symbols[token] if look.symbols[token].isalnum() else ""
+    symbol = look.symbols[token]
+    symbol = symbol if symbol.isalnum() or symbol == NONE else ""  # others stand for a colour
     red, green, blue = (round(255 * part) for part in to_rgb(look.colors[token]))
     ink = 30 if is_bright(look.colors[token]) else 97
     return f"\x1b[48;2;{red};{green};{blue};{ink}m{symbol:^3}"

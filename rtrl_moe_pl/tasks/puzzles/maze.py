@@ -11,7 +11,7 @@ from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.randomness import bits, integers
 from rtrl_moe_pl.tasks.base import one_of
 from rtrl_moe_pl.tasks.puzzles.base import Puzzles, PuzzleShape, PuzzleTask
-from rtrl_moe_pl.tasks.puzzles.colors import Look
+from rtrl_moe_pl.tasks.puzzles.colors import NONE, Look
 
 PAD, WALL, FREE, START, GOAL, PATH = range(6)  # tokens
 SPLITS = ("train", "held_out")
@@ -66,7 +66,7 @@ class Maze(PuzzleTask):
     @property
     def look(self) -> Look:
         colors = ("#ffffff", "#000000", "#ffffff", "#2ecc40", "#ff4136", "#ffdc00")
-        return Look(colors, ("", "#", "", "S", "G", "."))
+        return Look(colors, (NONE, "#", "", "S", "G", "."))
 
     @property
     def evaluation_splits(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.randomness import bits, integers
 from rtrl_moe_pl.tasks.base import one_of
 from rtrl_moe_pl.tasks.puzzles.base import Puzzles, PuzzleShape, PuzzleTask
-from rtrl_moe_pl.tasks.puzzles.colors import Look
+from rtrl_moe_pl.tasks.puzzles.colors import NONE, Look
 
 BLANK, DIGIT = 1, 2  # tokens, behind PAD: an empty cell, and the first of the digits (digit d is d + 1)
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box
@@ -101,7 +101,7 @@ class Sudoku(PuzzleTask):
     @property
     def look(self) -> Look:
         colors = ("#e8e8e8", *["#ffffff"] * (1 + self.size))
-        return Look(colors, ("", ".", *map(str, range(1, 1 + self.size))), BOXES[self.size])
+        return Look(colors, (NONE, ".", *map(str, range(1, 1 + self.size))), BOXES[self.size])
 
     def count(self, split: str) -> int | None:
         return self.held_out if split == "held_out" else None

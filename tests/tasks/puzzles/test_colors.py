@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from rtrl_moe_pl.tasks.puzzles import Maze, Sudoku
+from rtrl_moe_pl.tasks.puzzles import Maze, PuzzleTask, RulePuzzles, Sudoku
 from rtrl_moe_pl.tasks.puzzles.colors import Look, in_terminal
 
 
@@ -26,3 +27,12 @@ def test_lines_that_set_boxes_apart_are_sudokus():
     assert [Sudoku(size, clues_min=30, clues_max=32).look.box for size in (6, 9)] == [(2, 3), (3, 3)]
     assert Sudoku(4).look.box == (2, 2)
     assert Look.of_grids(12).box is Maze().look.box is None
+
+
+@pytest.mark.parametrize("task", [Sudoku(4), Maze(5), RulePuzzles()])
+def test_a_cell_without_a_number_is_seen_in_the_terminal(task: PuzzleTask) -> None:
+    tokens = torch.tensor([[0, task.first_token + 1, 0]])
+    cells = in_terminal(tokens, task.look, colored=False).split()
+    assert cells[0] == cells[-1] == "?"
+    assert in_terminal(tokens, task.look, colored=True).count("?") == 2
+    assert "?" not in in_terminal(tokens[:, 1:2], task.look, colored=False)
