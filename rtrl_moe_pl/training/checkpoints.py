@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 def require_readable(path: Path, option: str = "--ckpt_path") -> None:
@@ -26,17 +27,21 @@ def require_readable(path: Path, option: str = "--ckpt_path") -> None:
 
 
 def newest_readable(folder: Path) -> Path:
-    """The newest complete checkpoint below a folder.
+    """The newest complete checkpoint below a folder; a warning names damaged ones that are newer.
 
     Raises:
         FileNotFoundError: if there is none: training never restarts from scratch in silence.
     """
     found = sorted(folder.glob("**/*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    faults: list[str] = []
     for path in found:
         try:
             require_readable(path)
-        except ValueError:
+        except ValueError as fault:
+            faults.append(str(fault))
             continue
+        for fault in faults:
+            rank_zero_warn(f"{fault}: passed over, an older one is taken")
         return path
     raise FileNotFoundError(
         f"--ckpt_path last: no complete checkpoint below {folder} ({len(found)} damaged); "

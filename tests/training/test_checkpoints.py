@@ -27,7 +27,9 @@ def test_damaged_ones_are_passed_over(tmp_path: Path) -> None:
     truncated = write(tmp_path / "b.ckpt", 200)
     truncated.write_bytes(truncated.read_bytes()[:-50])
     (tmp_path / "c.ckpt").write_bytes(b"")
-    assert newest_readable(tmp_path) == complete
+    with pytest.warns(UserWarning, match=r"truncated or corrupt .*: passed over, an older one is taken") as found:
+        assert newest_readable(tmp_path) == complete
+    assert {name for name in "abc" for warning in found if f"{name}.ckpt" in str(warning.message)} == {"b", "c"}
 
 
 def test_none_is_an_error(tmp_path: Path) -> None:
