@@ -111,7 +111,7 @@ CASES = [
     ),
     ("unknown model", ["--model=Sequences"], ["model: there is no class", "give ReasoningModule, SequenceModule, or"]),
     ("unknown data", ["--data=AnBn"], ["data: there is no class", "give AnBnDataModule, ", "SudokuDataModule, or"]),
-    ("unknown logger", ["--trainer.logger=Board"], ["trainer.logger: there is no class", "TensorBoardLogger"]),
+    ("unknown logger", ["--trainer.logger=TensorBord"], ["trainer.logger: there is no class", "TensorBoardLogger"]),
     (
         "missing option of a scheduler",
         ["--model.lr_scheduler=StepLR"],
