@@ -104,7 +104,7 @@ def test_layout():
     assert puzzles.valid.tolist() == [True, False, True]
     assert bool((puzzles.labels[1] == IGNORED).all())
     assert puzzles.identity.tolist() == [0, 0, 0]
-    assert task.look.symbols == ("", ".", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+    assert task.look.symbols == ("?", ".", "1", "2", "3", "4", "5", "6", "7", "8", "9")
     assert len(task.look.colors) == task.shape.vocabulary
     assert task.look.box == (3, 3)
     assert (task.evaluation_splits, task.count("held_out"), task.count("train")) == (("held_out",), 10, None)
