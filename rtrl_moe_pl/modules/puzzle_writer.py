@@ -16,7 +16,8 @@ from torch import Tensor
 from rtrl_moe_pl.data.puzzles import PuzzleBatch
 from rtrl_moe_pl.modules.puzzle_drawing import extent, grid_tokens, puzzle_figure
 from rtrl_moe_pl.reasoning.etrm import Thoughts
-from rtrl_moe_pl.tasks.puzzles import IGNORED, Puzzles, PuzzleTask
+from rtrl_moe_pl.reasoning.losses import correct_rows
+from rtrl_moe_pl.tasks.puzzles import Puzzles, PuzzleTask
 from rtrl_moe_pl.tasks.puzzles.colors import in_terminal
 from rtrl_moe_pl.tasks.puzzles.grids import PAD
 from rtrl_moe_pl.training.pictures import picture_folder, save, when
@@ -70,6 +71,7 @@ class PuzzleWriter(Callback):
         puzzles, thoughts = batch.puzzles.to("cpu"), outputs.cpu()
         step = thoughts.halted_at(pl_module.halting.max_steps)
         answers, probability = thoughts.at(step), thoughts.confidence(step).sigmoid()
+        correct = correct_rows(answers, puzzles.labels)
         for row, number in enumerate(batch.index.tolist()):
             if number < 0:
                 continue
@@ -79,9 +81,8 @@ class PuzzleWriter(Callback):
                 "step": int(step[row]) + 1,
                 "q_halt_probability": round(float(probability[row]), 4),
             }
-            asked = puzzles.labels[row] != IGNORED
-            if bool(asked.any()):
-                answer["correct"] = bool((answers[row] == puzzles.labels[row])[asked].all())
+            if puzzles.valid[row]:
+                answer["correct"] = bool(correct[row])
             self._answers.append(answer)
             if len(self._answers) <= SHOWN and trainer.is_global_zero:
                 one = torch.tensor([row])

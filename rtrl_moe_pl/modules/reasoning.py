@@ -16,7 +16,7 @@ from rtrl_moe_pl.cells.base import at_least, not_negative
 from rtrl_moe_pl.data.puzzles import PuzzleBatch, PuzzleStream
 from rtrl_moe_pl.modules.base import ManualModule
 from rtrl_moe_pl.modules.pretrained import load_pretrained
-from rtrl_moe_pl.modules.reasoning_figures import ReasoningFigures, as_values, context_figures, grad_norms
+from rtrl_moe_pl.modules.reasoning_figures import ReasoningFigures, context_figures, grad_norms
 from rtrl_moe_pl.reasoning.carry import Carry, Halting
 from rtrl_moe_pl.reasoning.encoders import Encoder, PuzzleEmbedding
 from rtrl_moe_pl.reasoning.etrm import Mode, Supervision, Thoughts, supervise, think
@@ -178,7 +178,7 @@ class ReasoningModule(ManualModule):
             self.log_dict(values, batch_size=1)
             if loss_figure is not None:
                 self.log("train/loss", loss_figure, prog_bar=True, batch_size=1)
-            log_histogram(self.trainer, "train/steps_at_halt", as_values(steps))
+            log_histogram(self.trainer, "train/steps_at_halt", steps)
 
     def _renewed(self, stream: PuzzleStream) -> Carry:
         """The carry for the next step: lanes that have halted hold their next puzzles."""
@@ -282,7 +282,7 @@ class ReasoningModule(ManualModule):
             self.log(shown, figures.pop(shown), prog_bar=True, sync_dist=True)  # equal on all ranks already
             self.log_dict(figures, sync_dist=True)
             curves = self.curves[name] = metrics.curves()  # type: ignore[operator]
-            log_histogram(self.trainer, f"{stage}/{name}/steps_at_halt", as_values(curves.halted))
+            log_histogram(self.trainer, f"{stage}/{name}/steps_at_halt", curves.halted)
 
     def forward(self, puzzles: Puzzles) -> Thoughts:
         """Answers of all supervision steps, from the initial states on; the training carry is left alone."""

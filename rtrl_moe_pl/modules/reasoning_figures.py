@@ -119,8 +119,3 @@ def grad_norms(module: nn.Module, total: float) -> dict[str, Any]:
     }
     scale = total / torch.stack(list(parts.values())).norm().clamp(min=torch.finfo(torch.float32).tiny)
     return {"train/grad_norm": total} | {f"train/{part}_grad_norm": scale * value for part, value in parts.items()}
-
-
-def as_values(counts: Tensor) -> Tensor:
-    """[n]: 1, 2, .. as often as counted."""
-    return torch.arange(1, len(counts) + 1, device=counts.device).repeat_interleave(counts)

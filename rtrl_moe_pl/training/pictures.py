@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,11 +31,12 @@ def when(trainer: Trainer) -> str:
     return f"after {done:,} batches" if done else "without training in this run"
 
 
-def log_histogram(trainer: Trainer, tag: str, values: Tensor) -> None:
-    """Hand values [n] to loggers that take histograms; nothing if there are none."""
+def log_histogram(trainer: Trainer, tag: str, counts: Tensor) -> None:
+    """Hand 1, 2, .., n, as often as counted ([n] int64), to loggers that take histograms; nothing if all are 0."""
     for logger in trainer.loggers:
         add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
-        if add_histogram is not None and len(values):
+        if add_histogram is not None and bool(counts.any()):
+            values = torch.arange(1, len(counts) + 1, device=counts.device).repeat_interleave(counts)
             add_histogram(tag, values, global_step=max(0, trainer.fit_loop.total_batch_idx))
 
 
