@@ -13,7 +13,7 @@ import yaml
 
 from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.gradients import RTRL, WindowResult
-from rtrl_moe_pl.training.strategy import PER_RANK
+from rtrl_moe_pl.training.checkpoints import PER_RANK
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -104,7 +104,8 @@ def test_without_a_logger_nothing_is_overwritten_either(here: Path) -> None:
     for _ in range(2):
         assert run("fit", "--trainer.logger", "false") == 0
     names = sorted(path.name for path in (here / "checkpoints").iterdir())
-    assert [name for name in names if name.startswith("last")] == ["last-v1.ckpt", "last.ckpt"]
+    last = ["last-step10-v1.ckpt", "last-step10.ckpt", "last-step5-v1.ckpt", "last-step5.ckpt"]
+    assert [name for name in names if name.startswith("last")] == [*last, "last-v1.ckpt", "last.ckpt"]
     assert (here / "config.yaml").read_text() == CONFIG
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import rtrl_moe_pl.cells  # short class names in YAML are those of imported classes
 import rtrl_moe_pl.data
@@ -24,8 +27,10 @@ from rtrl_moe_pl.modules import ManualModule, ReasoningModule, SequenceModule
 from rtrl_moe_pl.modules.base import refuse_float16
 from rtrl_moe_pl.modules.pretrained import load_pretrained
 from rtrl_moe_pl.modules.puzzle_writer import PuzzleWriter
-from rtrl_moe_pl.training.callbacks import Bar, BestCheckpoint, LastCheckpoint, PredictionWriter
+from rtrl_moe_pl.training.callbacks import Bar, BestCheckpoint, PredictionWriter
 from rtrl_moe_pl.training.checkpoints import newest_readable, require_readable, require_writable
+from rtrl_moe_pl.training.last_checkpoint import Interrupted, LastCheckpoint
+from rtrl_moe_pl.training.run_folder import RunLogger
 
 # Lightning's, about what is meant here: data made on the device, one folder per run, figures every few batches, saving
 # after the step. Of a figure that is not known when a checkpoint is due, `BestCheckpoint` warns at the end.
@@ -44,6 +49,7 @@ LINKS = (
     ("data.output_size", "model.init_args.readout.init_args.output_size"),
     ("data.shape", "model.init_args.shape"),
 )
+CONFIG = "rtrl_moe_pl_config"  # in a checkpoint
 WITH_CHECKPOINT = ("fit", "validate", "test", "predict")
 
 
@@ -64,11 +70,16 @@ class AuditTrainer(Trainer):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves config.yaml beside the logs, and nowhere if there are none."""
+    """Saves config.yaml beside the logs, and nowhere if there are none; in every checkpoint, as a text."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # as LightningCLI itself, for any jsonargparse 4
+            checkpoint[CONFIG] = self.parser.dump(self.config, skip_none=False)
 
 
 class CommandLine(LightningCLI):
@@ -104,6 +115,7 @@ class CommandLine(LightningCLI):
             help="CPU threads of a tensor operation; null: torch's own.",
         )
         parser.add_class_arguments(BestCheckpoint, "checkpoint")
+        parser.add_class_arguments(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/accuracy",
@@ -129,7 +141,7 @@ class CommandLine(LightningCLI):
         if self.config.subcommand in WITH_CHECKPOINT and not remote:
             require_writable(Path(root))
             if config.ckpt_path == "last":
-                config.ckpt_path = str(newest_readable(Path(root)))
+                config.ckpt_path = str(newest_readable(Path(root), resumable=self.config.subcommand == "fit"))
                 print(f"--ckpt_path last: {config.ckpt_path}")
             elif config.ckpt_path is not None and "://" not in config.ckpt_path:
                 require_readable(Path(config.ckpt_path))
@@ -195,13 +207,16 @@ class CommandLine(LightningCLI):
         given = config.trainer.callbacks or []
         callbacks = [given] if isinstance(given, Callback) else list(given)
         if config.trainer.enable_checkpointing is not False:
-            callbacks += [config.checkpoint, LastCheckpoint()]
+            callbacks += [config.checkpoint, config.last_checkpoint]
         if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(Bar(refresh_rate=10))  # the same bar in every environment
         if self.config.subcommand == "predict":
             callbacks.append(PuzzleWriter() if isinstance(self.model, ReasoningModule) else PredictionWriter())
         if config.trainer.strategy == "auto" and count_processes(config.trainer) > 1:
             kwargs["strategy"] = "broadcast"
+        if config.trainer.logger in (None, True):
+            root = config.trainer.default_root_dir or os.getcwd()
+            kwargs["logger"] = RunLogger(root, version=SLURMEnvironment.job_id())  # as Lightning does
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
 
@@ -233,10 +248,15 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=f".*{ignored}")
     try:
         return CommandLine(arguments).status
+    except SIGTERMException:  # before training, or without checkpoints
+        return 128 + signal.SIGTERM
     except SystemExit as stop:  # --help, --print_config
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.number
     except Exception as error:
         if debug:
             traceback.print_exc()

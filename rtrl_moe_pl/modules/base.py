@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -18,8 +19,9 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from rtrl_moe_pl.modules.figures import Stopwatch
 from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, update
 from rtrl_moe_pl.training.averaging import resume_raw
+from rtrl_moe_pl.training.checkpoints import PER_RANK, DurableCheckpointIO
 from rtrl_moe_pl.training.failure import first_bad
-from rtrl_moe_pl.training.strategy import PER_RANK, BroadcastStrategy, require_same_processes
+from rtrl_moe_pl.training.strategy import BroadcastStrategy, require_same_processes
 
 ARCHITECTURE = "rtrl_moe_pl_architecture"
 OPTIMIZER = "rtrl_moe_pl_optimizer"
@@ -91,6 +93,8 @@ class ManualModule(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that a user gave stays
+            self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
         self._sums.clear()
         self._diagnosis = None
 

@@ -55,16 +55,6 @@ class BestCheckpoint(ModelCheckpoint):
             )
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """``last.ckpt``: after every validation and at the end, whatever the accuracy (the best has its own callback)."""
-
-    def __init__(self) -> None:
-        super().__init__(filename="last", monitor=None, save_top_k=1)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_validation_end(trainer, pl_module)
-
-
 class PredictionWriter(Callback):
     """Writes ``predictions.csv`` of the steps that have a weight, one file per process, into a new folder of the logs.
 

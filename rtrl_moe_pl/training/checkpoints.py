@@ -1,52 +1,147 @@
-"""Checkpoints on disk: which is the newest that can be read, and where new ones go."""
+"""Checkpoints on disk: how they are written, which is the newest that can be read, and where new ones go."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+
+# What a checkpoint holds besides what is equal on all ranks: the carry of a module (see modules.base).
+PER_RANK = "rtrl_moe_pl_per_rank"
+MISSING = "does not exist"
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under another name, flushes it to the disk, and renames it.
+
+    Under its own name there is a whole checkpoint or none, whenever the process or the machine dies. Paths with a
+    scheme (``s3://..``) are left to Lightning.
+
+    Raises:
+        OSError: if it cannot be written: one line; an earlier one of that name stays as it is.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        place = Path(path)
+        unfinished = place.with_name(f".{place.name}.{os.getpid()}.unfinished")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(place)
+            flush_folder(place.parent)
+        except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
+            raise OSError(
+                f"cannot write the checkpoint {place}: {getattr(error, 'strerror', None) or error}; earlier "
+                "checkpoints are untouched: make room and go on with --ckpt_path last"
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a rename in a folder outlast a failure of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def require_readable(path: Path, option: str = "--ckpt_path") -> None:
-    """Raise ValueError or FileNotFoundError, in one line, unless the file is a complete Lightning checkpoint."""
-    if not path.is_file():
+    """Raise ValueError or FileNotFoundError, in one line, unless the file is a whole Lightning checkpoint.
+
+    Of several processes' checkpoint, their shards too. Cost: it is read once, for its checksums.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder: give a checkpoint, or last for the newest one")
+    fault = _fault(path)
+    if fault is None:
+        return
+    if fault == MISSING:
         raise FileNotFoundError(f"{option}: there is no file {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        damaged = None if zipfile.ZipFile(path).testzip() is None else "its checksum is wrong"
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{option}: {path} is truncated or corrupt ({type(error).__name__})") from error
-    if damaged is None and not (isinstance(checkpoint, dict) and "state_dict" in checkpoint):
-        damaged = "it holds no state_dict"
-    if damaged:
-        raise ValueError(f"{option}: {path} is truncated or corrupt ({damaged})")
+    others = (other for other in _newest_first(path.parent.glob("*.ckpt")) if _fault(other) is None)
+    whole = next(others, None)
+    raise ValueError(f"{option}: {path} {fault}" + (f"; the newest whole one beside it is {whole}" if whole else ""))
 
 
-def newest_readable(folder: Path) -> Path:
-    """The newest complete checkpoint below a folder; a warning names damaged ones that are newer.
+def newest_readable(folder: Path, resumable: bool = False) -> Path:
+    """The newest whole checkpoint below a folder; a warning names damaged ones that are newer.
+
+    Args:
+        folder: where to look, at any depth.
+        resumable: leave out those of weights alone.
 
     Raises:
         FileNotFoundError: if there is none: training never restarts from scratch in silence.
     """
-    found = sorted(folder.glob("**/*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = [path for path in _newest_first(folder.glob("**/*.ckpt")) if not path.is_symlink()]
     faults: list[str] = []
     for path in found:
-        try:
-            require_readable(path)
-        except ValueError as fault:
-            faults.append(str(fault))
-            continue
-        for fault in faults:
-            rank_zero_warn(f"{fault}: passed over, an older one is taken")
-        return path
+        fault = _fault(path, resumable)
+        if fault is None:
+            for passed in faults:
+                rank_zero_warn(f"--ckpt_path last: {passed}: passed over, an older one is taken")
+            return path
+        faults.append(f"{path} {fault}")
     raise FileNotFoundError(
         f"--ckpt_path last: no complete checkpoint below {folder} ({len(found)} damaged); "
         "set trainer.default_root_dir to where the run was written, or leave out --ckpt_path"
     )
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    """By the time of writing; of the same time, by name."""
+    present = [path for path in paths if path.exists()]  # a running training removes old ones
+    return sorted(present, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def _fault(path: Path, resumable: bool = False) -> str | None:
+    """What is wrong with a checkpoint, beginning with a verb; None if nothing is."""
+    if not path.is_file():
+        return MISSING
+    checkpoint = _read(path)
+    if isinstance(checkpoint, str):
+        return checkpoint
+    if not (isinstance(checkpoint, dict) and "state_dict" in checkpoint):
+        return "is no checkpoint of a training: it holds no state_dict"
+    if resumable and "optimizer_states" not in checkpoint:
+        return "holds weights alone (save_weights_only), no training can go on from it"
+    for rank in range(1, checkpoint.get(PER_RANK, {}).get("world_size", 1)):
+        shard = shard_of(path, rank)
+        part = _read(shard) if shard.is_file() else MISSING
+        if isinstance(part, str):
+            return f"is incomplete: its shard {shard.name} {part}"
+    return None
+
+
+def _read(path: Path) -> Any:
+    """What a file of torch holds; in words, what is wrong with it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        damaged = None if zipfile.ZipFile(path).testzip() is None else "its checksum is wrong"
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        damaged = type(error).__name__
+        checkpoint = None
+    return checkpoint if damaged is None else f"is truncated or corrupt ({damaged})"
+
+
+def shard_of(path: str | Path, rank: int) -> Path:
+    """Where the part of a checkpoint lies that only one rank r > 0 has; of a link, beside what it points to."""
+    whole = os.path.realpath(path)
+    return Path(f"{whole}.rank{rank}")
 
 
 def require_writable(folder: Path) -> None:

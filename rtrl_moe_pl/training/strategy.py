@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 
-# What a checkpoint holds besides what is equal on all ranks: the carry of a module (see modules.base).
-PER_RANK = "rtrl_moe_pl_per_rank"
+from rtrl_moe_pl.training.checkpoints import PER_RANK, shard_of
 
 
 def require_same_processes(saved: dict[str, Any], running: int) -> None:
@@ -40,7 +37,7 @@ class BroadcastStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if not self.is_global_zero and PER_RANK in checkpoint:
-            self.checkpoint_io.save_checkpoint({PER_RANK: checkpoint[PER_RANK]}, self._shard(filepath))
+            self.checkpoint_io.save_checkpoint({PER_RANK: checkpoint[PER_RANK]}, shard_of(filepath, self.global_rank))
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
@@ -48,8 +45,8 @@ class BroadcastStrategy(DDPStrategy):
         if fitting and PER_RANK in checkpoint:
             require_same_processes(checkpoint[PER_RANK], self.world_size)
             if not self.is_global_zero:
-                shard = self._shard(checkpoint_path)
-                if not Path(shard).is_file():
+                shard = shard_of(checkpoint_path, self.global_rank)
+                if not shard.is_file():
                     raise FileNotFoundError(f"{shard} is missing: it holds the carry of rank {self.global_rank}")
                 checkpoint[PER_RANK] = torch.load(shard, map_location="cpu", weights_only=True)[PER_RANK]
         return checkpoint
@@ -57,10 +54,7 @@ class BroadcastStrategy(DDPStrategy):
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
         if not self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(self._shard(filepath))
-
-    def _shard(self, filepath: Any) -> str:
-        return f"{os.fspath(filepath)}.rank{self.global_rank}"
+            self.checkpoint_io.remove_checkpoint(shard_of(filepath, self.global_rank))
 
 
 StrategyRegistry.register("broadcast", BroadcastStrategy, description=BroadcastStrategy.__doc__ or "")

@@ -15,7 +15,7 @@ from rtrl_moe_pl.modules import ReasoningModule
 from rtrl_moe_pl.reasoning import Carry, Encoder, Halting, PairTokenEncoder, PuzzleEmbedding, ReasoningLoss
 from rtrl_moe_pl.reasoning.encoders import IterativeEncoder, VariationalEncoder
 from rtrl_moe_pl.training import Freeze
-from rtrl_moe_pl.training.strategy import PER_RANK
+from rtrl_moe_pl.training.checkpoints import PER_RANK
 from tests.modules.helpers import Figures, trainer
 from tests.modules.reasoning_helpers import data, module, run
 

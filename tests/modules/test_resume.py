@@ -13,7 +13,7 @@ from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.data import HaystackDataModule
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, BlockRTRL, GradientAlgorithm, LazyExpertRTRL
 from rtrl_moe_pl.modules import SequenceModule, TemperatureAnnealing
-from rtrl_moe_pl.training.strategy import PER_RANK
+from rtrl_moe_pl.training.checkpoints import PER_RANK
 from tests.modules.helpers import data, module, trainer
 from tests.test_cli import CONFIG
 

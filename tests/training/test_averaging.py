@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, WeightAver
 from torch import Tensor
 
 from rtrl_moe_pl.training.averaging import EMA
-from rtrl_moe_pl.training.callbacks import LastCheckpoint
+from rtrl_moe_pl.training.last_checkpoint import LastCheckpoint
 from tests.modules import helpers
 from tests.training.small_run import Tables, copied, equal, trainer
 

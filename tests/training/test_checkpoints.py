@@ -1,12 +1,19 @@
 """Which checkpoint is continued from, and where new ones may go."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
-from rtrl_moe_pl.training.checkpoints import newest_readable, require_readable, require_writable
+from rtrl_moe_pl.training.checkpoints import (
+    PER_RANK,
+    DurableCheckpointIO,
+    newest_readable,
+    require_readable,
+    require_writable,
+)
 
 
 def write(path: Path, time: float) -> Path:
@@ -52,11 +59,7 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def other_content(path: Path) -> None:
-    torch.save([1, 2], path)
-
-
-@pytest.mark.parametrize("damage", [flip_a_stored_byte, truncate, empty, other_content])
+@pytest.mark.parametrize("damage", [flip_a_stored_byte, truncate, empty])
 def test_damage_is_found(tmp_path: Path, damage) -> None:
     path = tmp_path / "a.ckpt"
     torch.save({"state_dict": {"weight": torch.randn(10_000)}}, path)
@@ -64,6 +67,60 @@ def test_damage_is_found(tmp_path: Path, damage) -> None:
     damage(path)
     with pytest.raises(ValueError, match="truncated or corrupt"):
         require_readable(path)
+
+
+def test_a_whole_one_beside_a_damaged_one_is_offered(tmp_path: Path) -> None:
+    older = write(tmp_path / "last-step1.ckpt", 100)
+    truncate(write(tmp_path / "last-step2.ckpt", 200))
+    with pytest.raises(ValueError, match=f"last-step2.ckpt is truncated .*; the newest whole one beside it is {older}"):
+        require_readable(tmp_path / "last-step2.ckpt")
+
+
+def test_a_healthy_file_that_is_no_checkpoint_is_not_called_damaged(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(ValueError, match=r"list\.ckpt is no checkpoint of a training: it holds no state_dict$"):
+        require_readable(tmp_path / "list.ckpt")
+
+
+def test_a_folder_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a folder: give a checkpoint, or last"):
+        require_readable(tmp_path)
+
+
+def test_a_run_goes_on_from_whole_states_and_not_from_weights_alone(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "optimizer_states": []}, tmp_path / "whole.ckpt")
+    weights = write(tmp_path / "weights.ckpt", 2e9)
+    assert newest_readable(tmp_path) == weights
+    with pytest.warns(UserWarning, match=r"weights\.ckpt holds weights alone"):
+        assert newest_readable(tmp_path, resumable=True) == tmp_path / "whole.ckpt"
+
+
+def test_a_checkpoint_without_the_shard_of_a_rank_is_not_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {}, PER_RANK: {"world_size": 3}}, path)
+    torch.save({}, tmp_path / "a.ckpt.rank1")
+    with pytest.raises(ValueError, match=r"a\.ckpt is incomplete: its shard a\.ckpt\.rank2 does not exist"):
+        require_readable(path)
+    torch.save({}, tmp_path / "a.ckpt.rank2")
+    require_readable(path)
+    empty(tmp_path / "a.ckpt.rank1")
+    with pytest.raises(ValueError, match=r"its shard a\.ckpt\.rank1 is truncated or corrupt"):
+        require_readable(path)
+
+
+def test_writing_that_fails_leaves_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    writer = DurableCheckpointIO()
+    writer.save_checkpoint({"state_dict": {"weight": torch.ones(3)}}, path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*a\.ckpt: .*earlier checkpoints are untouched"):
+            writer.save_checkpoint({"state_dict": {"weight": torch.ones(100_000)}}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.ckpt"]
+    assert torch.equal(torch.load(path)["state_dict"]["weight"], torch.ones(3))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""The newest states of a run: kept after validations, every few minutes, and when the run is told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from rtrl_moe_pl.cells.base import at_least, positive
+from rtrl_moe_pl.training.failure import NumericalFailure
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CLOCK = 1  # no signal that is caught here has this number
+
+
+class Interrupted(Exception):
+    """A run was told to stop by a signal, and its state has been saved.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int, step: int, path: str) -> None:
+        self.number = number
+        saved = f"go on with --ckpt_path last, or {path}" if path else "nothing is saved"
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; {saved}")
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt``, a link to the newest of ``last-stepN.ckpt``, of which the newest few are kept.
+
+    They are saved after every validation and at the end, whatever the accuracy (the best has its own callback); after
+    the first batch that ends ``minutes`` after the one before; after the last whole batch if something else fails
+    between two (one process only: several may be at different steps); and on SIGTERM and SIGINT (Ctrl-C), which end the
+    run after the batch or validation at hand. A second SIGINT ends it at once, without saving. Several processes agree
+    after every batch: a signal to one of them stops all.
+
+    Args:
+        keep: how many, at least 1.
+        minutes: of training between two, at most (a validation is not interrupted).
+
+    Raises:
+        Interrupted: after the state has been saved.
+        TypeError, ValueError: for options out of range.
+    Cost: of several processes, one more collective of a number per batch and validation.
+    """
+
+    def __init__(self, keep: int = 2, minutes: float = 10.0) -> None:
+        super().__init__(
+            filename="last-step{step}",
+            auto_insert_metric_name=False,
+            monitor="step",  # the newest are the best
+            mode="max",
+            save_top_k=at_least(1, "keep", keep),
+            save_last="link",
+        )
+        self._seconds = 60 * positive("minutes", minutes)
+        self._told = 0  # the signal that came to this process
+        self._due = 0  # the highest on any process: a signal, CLOCK, or nothing
+        self._saved = time.monotonic()
+        self._handlers: dict[int, Any] = {}  # those of before
+
+    # ---- signals
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before, when Lightning would put its own handler over these.
+        self._told = self._due = 0
+        self._saved = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._tell) for number in SIGNALS}
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        # A flag alone: Lightning's own handler of SIGTERM makes a collective wherever the process happens to be.
+        self._told = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    # ---- saving
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._agree(trainer, pl_module)
+        if self._due and _between_batches(trainer):
+            self._save_and_stop(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._agree(trainer, pl_module)
+            if not _is_last_batch(trainer):  # else after the epoch
+                self._save_and_stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_and_stop(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+        self._restore_handlers()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+        # An OSError may be a full disk, a KeyboardInterrupt is the second.
+        failed = isinstance(exception, NumericalFailure | Interrupted | OSError | KeyboardInterrupt)
+        if not failed and trainer.world_size == 1 and trainer.training and _between_batches(trainer):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+    def _save_and_stop(self, trainer: Trainer) -> None:
+        """Save if it is time to, and end the run if it was told to."""
+        if self._due:
+            self._save(trainer)
+        if self._due > CLOCK:
+            raise Interrupted(self._due, trainer.global_step, self._last_checkpoint_saved)
+
+    def _agree(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._due = self._told or CLOCK * (time.monotonic() - self._saved >= self._seconds)
+        if trainer.world_size > 1:
+            due = torch.tensor(self._due, device=pl_module.device)
+            dist.all_reduce(due, dist.ReduceOp.MAX)
+            self._due = int(due)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self._saved = time.monotonic()
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        """In one step: there is a ``last.ckpt`` at all times."""
+        link = Path(linkpath)
+        if trainer.is_global_zero:
+            unfinished = link.with_name(f".{link.name}.{os.getpid()}.unfinished")
+            unfinished.symlink_to(os.path.relpath(filepath, link.parent))
+            unfinished.replace(link)
+        trainer.strategy.barrier()
+
+
+def _is_last_batch(trainer: Trainer) -> bool:
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def _between_batches(trainer: Trainer) -> bool:
+    """Whether a whole batch has just ended and no validation is due: a run goes on from there bit for bit.
+
+    A run that resumes where a validation was due leaves it out, and with it what comes of it, such as a promotion to
+    longer sequences.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    progress, fetcher = loop.batch_progress, trainer.fit_loop._data_fetcher
+    whole = progress.current.processed == progress.current.ready
+    return whole and fetcher is not None and not _is_last_batch(trainer) and not loop._should_check_val_fx(fetcher)
