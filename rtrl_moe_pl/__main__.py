@@ -17,6 +17,7 @@ commands:
   test       evaluate on the test sets
   predict    write predictions; --data.puzzle FILE answers puzzles of a JSON file
   audit      compare the configured gradient with BPTT in float64
+  forecast   memory and time of each algorithm on the configured model, and which to use
 
 options:
   --config FILE          YAML configuration; every key can also be given as --KEY VALUE
@@ -33,6 +34,7 @@ examples:
   python -m rtrl_moe_pl fit --config configs/recall_rtrl.yaml --ckpt_path last --trainer.max_steps 2000
   python -m rtrl_moe_pl validate --config configs/anbn_rtrl.yaml --ckpt_path last
   python -m rtrl_moe_pl audit --config configs/anbn_rtrl.yaml
+  python -m rtrl_moe_pl forecast --config configs/anbn_rtrl.yaml --memory 4
   python -m rtrl_moe_pl predict --config configs/etrm_color_rules.yaml --ckpt_path last --data.puzzle puzzle.json
 """
 

@@ -66,7 +66,7 @@ def test_help_does_not_import_torch(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "torch" not in done.stderr
     assert "lightning" not in done.stderr
-    for command in ("fit", "validate", "test", "predict", "audit"):
+    for command in ("fit", "validate", "test", "predict", "audit", "forecast"):
         assert f"\n  {command} " in done.stdout
 
 

@@ -83,6 +83,13 @@ def test_audit(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ("verdict: exact" if exact else "verdict: approximate") in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["etrm_color_rules", "trm_maze"])
+def test_audit_of_puzzles(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--steps", "1", "--data.batch_size", "2"]
+    assert main(["audit", "--config", str(CONFIGS / f"{name}.yaml"), *small]) == 0
+    assert "verdict: approximate, as it claims: through the last 1 of " in capsys.readouterr().out
+
+
 def test_an_audit_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     audit = ["audit", "--config", str(CONFIGS / "haystack_rtrl.yaml"), "--data.batch_size", "2", "--steps"]
     for steps, message in (("0", "--steps must be at least 1, got 0"), ("40", "--steps 40: nothing to compare")):

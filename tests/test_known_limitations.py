@@ -219,12 +219,6 @@ def test_the_gradient_of_a_puzzle_embedding_is_dense() -> None:
     assert grad.any(1).nonzero().tolist() == [[7]]
 
 
-def test_reasoning_is_not_audited(capsys: pytest.CaptureFixture[str]) -> None:
-    config = Path(__file__).parents[1] / "configs" / "trm_maze.yaml"
-    assert main(["audit", "--config", str(config)]) == 1
-    assert "audit needs a SequenceModule" in capsys.readouterr().err
-
-
 def test_bf16_mixed_changes_nothing_in_reasoning(tmp_path: Path) -> None:
     weights = []
     for precision in ("32-true", "bf16-mixed", "64-true"):

@@ -219,7 +219,8 @@ CASES: list[tuple[str, str, list[str], list[str]]] = [
         ["--data.puzzle=question.json", "--data.size=3"],
         ["question.json: train pair 1, input: the grid has 2 x 2 cells, but puzzles are 3 x 3"],
     ),
-    ("audit", "audit", [], ["audit needs a SequenceModule and data, got ReasoningModule"]),
+    ("audit of no step", "audit", ["--steps=0"], ["--steps must be at least 1, got 0"]),
+    ("forecast in no memory", "forecast", ["--memory=0"], ["--memory must be a finite number above 0, got 0"]),
 ]
 
 

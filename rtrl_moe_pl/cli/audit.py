@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 
 from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.cli.trial import (
+    figure,
+    forecast_memory,
+    goes_on,
+    joined,
+    measure_reasoning,
+    prepared,
+    print_table,
+    puzzles,
+    seconds_per_step,
+)
 from rtrl_moe_pl.data import Batch
-from rtrl_moe_pl.gradients import AuditReport, audit_gradient
+from rtrl_moe_pl.gradients import AuditReport, Comparison, audit_gradient
 from rtrl_moe_pl.gradients.memory import readable
-from rtrl_moe_pl.modules import SequenceModule
+from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
+from rtrl_moe_pl.modules.reasoning_audit import audit_reasoning
 
-TIMED_BATCHES = 3
+TIMED_BATCHES = 4
 
 
-def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Trainer, steps: int) -> bool:
+def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Trainer, steps: int = 200) -> bool:
     """Print the comparison with BPTT in float64 on ``steps`` steps of training data, and a forecast.
 
     Returns:
@@ -28,11 +37,9 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
     Cost: that of one BPTT over ``steps`` steps, and of one run of the algorithm, in float64.
     """
     at_least(1, "--steps", steps)
-    model.to(trainer.strategy.root_device)
-    datamodule.prepare_data()
-    datamodule.setup("fit")
+    source = prepared(model, datamodule, trainer)
     window = model.gradient.window
-    data = joined(batches(model, datamodule), steps if window is None else max(steps, window + 1))
+    data = joined(source, steps if window is None else max(steps, window + 1))
     print(f"audit of {model.gradient!r}, {type(model.cell).__name__}, {describe(data)}, float64 against BPTT")
     report = audit_gradient(
         model.gradient, model.cell, model.readout, data.inputs, data.targets, model.loss, data.starts
@@ -42,32 +49,57 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
             f"--steps {steps}: nothing to compare, BPTT gives no parameter a gradient on {describe(data)}: take more "
             "steps, so that some of them have a label, or shorter sequences"
         )
-    print_gradients(report)
+    print_gradients(report, "path", {name: p.path for name, p in report.parameters.items()})
     print_norms(report, window or data.inputs.shape[1], data.inputs.shape[1])
-    print_forecast(model, datamodule, trainer)
+    delivered = [next(source) for _ in range(TIMED_BATCHES)]
+    lanes, columns = delivered[0].starts.shape
+    streams = goes_on(datamodule, delivered[-1])
+    forecast = forecast_memory(model, model.gradient, source, columns, streams)
+    print(
+        f"memory: {readable(forecast.influence_bytes)} for the influence, "
+        f"about {readable(forecast.workspace_bytes)} for a window"
+    )
+    print_time(columns * seconds_per_step(model, model.gradient, delivered), lanes * columns, "token", model, trainer)
     verdict = "exact" if report.exact and report.passed else "OFF, though it claims to be exact"
     print(f"verdict: {verdict if report.exact else 'approximate, as it claims'}")
     return report.passed
 
 
-def batches(model: SequenceModule, datamodule: LightningDataModule) -> Iterator[Batch]:
-    """Training batches, on the model's device, without a running trainer."""
-    while True:  # a loader's epoch may be shorter than what is needed
-        for request in datamodule.train_dataloader():
-            moved = datamodule.transfer_batch_to_device(request, model.device, 0)
-            yield datamodule.on_after_batch_transfer(moved, 0)
+def audit_puzzles(model: ReasoningModule, datamodule: LightningDataModule, trainer: Trainer, steps: int = 2) -> bool:
+    """Print two comparisons in float64 on ``steps`` supervision steps, and a forecast.
 
+    What training uses is held against another computation of the same, in which the first rounds are numbers and the
+    others a model of their own; and against the gradient through all rounds, of which it is a truncation.
 
-def joined(source: Iterator[Batch], steps: int) -> Batch:
-    """The first ``steps`` steps of consecutive batches: lanes go on, or start anew, as in training."""
-    parts = [next(source)]
-    while sum(part.inputs.shape[1] for part in parts) < steps:
-        parts.append(next(source))
-    inputs, labels, weights, starts = (
-        torch.cat(pieces, 1)[:, :steps]
-        for pieces in zip(*((part.inputs, *part.targets, part.starts) for part in parts), strict=True)
+    Returns:
+        False if it is not what it claims to be.
+    Raises:
+        TypeError, ValueError: for ``steps`` below 1, or data that are no puzzles.
+    """
+    stream, decoder = puzzles(model, prepared(model, datamodule, trainer)), model.decoder
+    rounds = f"the last {decoder.grad_cycles} of {decoder.h_cycles} rounds"
+    cached = " and the context of lanes that begin" if model.mode == "cached" else ""
+    report = audit_reasoning(model, stream, steps)
+    print(
+        f"audit of {type(decoder).__name__}, {type(model.encoder).__name__}, mode {model.mode}, {stream.batch_size} "
+        f"lanes x {steps} supervision steps, float64: gradients through {rounds}{cached}"
     )
-    return Batch(inputs, (labels, weights), starts)
+    print("relative error: of the same computed otherwise; cosine and share of norm: beside gradients through all")
+    shares = {
+        name: p.norm / p.reference_norm if p.reference_norm else 0.0 for name, p in report.whole.parameters.items()
+    }
+    print_gradients(report.used, "share", {name: f"{share:.3f}" for name, share in shares.items()}, report.whole)
+    kept, seconds = measure_reasoning(model, stream)
+    print(f"memory: about {readable(kept)} for the way back of a batch")
+    print_time(seconds, stream.batch_size * model.shape.cells, "cell", model, trainer)
+    if not report.used.passed:
+        verdict = f"OFF, though it claims to be the gradient through {rounds}{cached}"
+    elif report.whole.exact:
+        verdict = "exact within a supervision step"
+    else:
+        verdict = f"approximate, as it claims: through {rounds}{cached}; cosine {report.whole.cosine:.3f} with all"
+    print(f"verdict: {verdict}")
+    return report.used.passed
 
 
 def describe(batch: Batch) -> str:
@@ -75,12 +107,22 @@ def describe(batch: Batch) -> str:
     return f"{lanes} lanes x {steps} steps with {int(batch.starts.sum())} starts"
 
 
-def print_gradients(report: AuditReport) -> None:
-    width = max(len(name) for name in report.parameters)
-    print(f"{'parameter':{width}}  relative error     cosine       norm  path")
-    for name, p in report.parameters.items():
-        print(f"{name:{width}}  {p.relative_error:14.2e}  {p.cosine:9.6f}  {p.norm:9.3g}  {p.path}")
-    print(f"{'all':{width}}  {report.relative_error:14.2e}  {report.cosine:9.6f}")
+def print_gradients(
+    report: Comparison, title: str, last: Mapping[str, str], directions: Comparison | None = None
+) -> None:
+    """A line per parameter.
+
+    Args:
+        title, last: of the last column, by parameter.
+        directions: whose cosines are shown, if they are not the report's.
+    """
+    directions = report if directions is None else directions
+    rows = [
+        (name, f"{p.relative_error:.2e}", f"{directions.parameters[name].cosine:.6f}", f"{p.norm:.3g}", last[name])
+        for name, p in report.parameters.items()
+    ]
+    rows.append(("all", f"{report.relative_error:.2e}", f"{directions.cosine:.6f}", "", ""))
+    print_table(("parameter", "relative error", "cosine", "norm", title), rows)
     print(f"parameters without gradient: {', '.join(report.zero_gradients) or 'none'}")
 
 
@@ -93,28 +135,12 @@ def print_norms(report: AuditReport, window: int, steps: int) -> None:
         print(f"{step:10d}  {report.state_norms[index]:10.3g}  {report.influence_norms[index]:14.4g}")
 
 
-def print_forecast(model: SequenceModule, datamodule: LightningDataModule, trainer: Trainer) -> None:
-    """Memory from the algorithm's forecast, time measured on this machine, in the precision of training."""
-    source = batches(model, datamodule)
-    first = next(source)
-    lanes, steps = first.starts.shape
-    forecast = model.gradient.forecast(model.cell, lanes, model.dtype, steps)  # type: ignore[arg-type]
+def print_time(
+    seconds: float, items: int, name: str, model: SequenceModule | ReasoningModule, trainer: Trainer
+) -> None:
+    """Measured on this machine, in the precision of training."""
+    total = f", {figure(trainer.max_steps * model.update_every * seconds)} s for {trainer.max_steps} updates"
     print(
-        f"memory: {readable(forecast.influence_bytes)} for the influence, "
-        f"about {readable(forecast.workspace_bytes)} for a window"
-    )
-    memory = model.gradient.init(model.cell, lanes)
-    seconds = []
-    for batch in (first, *(next(source) for _ in range(TIMED_BATCHES))):
-        began = time.perf_counter()
-        result = model.gradient.run(
-            model.cell, model.readout, batch.inputs, batch.targets, model.loss, memory, batch.starts
-        )
-        float(result.loss)  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    per_batch = statistics.median(seconds[1:])  # the first one chooses how the cell is differentiated
-    total = f", {trainer.max_steps * model.update_every * per_batch:.3g} s for {trainer.max_steps} updates"
-    print(
-        f"time: {1e3 * per_batch:.3g} ms a batch, {1e6 * per_batch / (lanes * steps):.3g} us a token"
+        f"time: {figure(1e3 * seconds)} ms a batch, {figure(1e6 * seconds / items)} us a {name}"
         + (total if trainer.max_steps > 0 else "")
     )

@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test, predict and audit, configured in YAML."""
+"""The command line: fit, validate, test, predict, audit and forecast, configured in YAML."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ import rtrl_moe_pl.cells  # short class names in YAML are those of imported clas
 import rtrl_moe_pl.data
 import rtrl_moe_pl.gradients
 import rtrl_moe_pl.reasoning  # noqa: F401
-from rtrl_moe_pl.cli.audit import audit
+from rtrl_moe_pl.cli.audit import audit, audit_puzzles
+from rtrl_moe_pl.cli.forecast import forecast, forecast_puzzles
 from rtrl_moe_pl.cli.messages import Maker, one_line
 from rtrl_moe_pl.modules import ManualModule, ReasoningModule, SequenceModule
 from rtrl_moe_pl.modules.base import refuse_float16
@@ -53,20 +54,50 @@ CONFIG = "rtrl_moe_pl_config"  # in a checkpoint
 WITH_CHECKPOINT = ("fit", "validate", "test", "predict")
 
 
-class AuditTrainer(Trainer):
-    """A Trainer with the subcommand audit."""
+class DiagnosisTrainer(Trainer):
+    """A Trainer with the subcommands audit and forecast, which train nothing."""
 
-    def audit(self, model: LightningModule, datamodule: LightningDataModule | None = None, steps: int = 200) -> bool:
-        """Compare the configured gradient with BPTT in float64, on the configured model and data.
+    def audit(
+        self, model: LightningModule, datamodule: LightningDataModule | None = None, steps: int | None = None
+    ) -> bool:
+        """Compare the configured gradient with another computation of it in float64, on the configured model and data.
 
         Args:
             model: the model.
             datamodule: the data.
-            steps: time steps over which gradients are compared and norms are followed.
+            steps: time steps over which gradients are compared and norms are followed (null: 200); of a
+                ReasoningModule supervision steps (null: 2).
         """
-        if not isinstance(model, SequenceModule) or datamodule is None:
-            raise TypeError(f"audit needs a SequenceModule and data, got {type(model).__name__}")
-        return audit(model, datamodule, self, steps)
+        given = () if steps is None else (steps,)
+        if isinstance(model, SequenceModule) and datamodule is not None:
+            return audit(model, datamodule, self, *given)
+        if isinstance(model, ReasoningModule) and datamodule is not None:
+            return audit_puzzles(model, datamodule, self, *given)
+        raise TypeError(f"audit needs a SequenceModule or a ReasoningModule, and data, got {type(model).__name__}")
+
+    def forecast(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        steps: int = 512,
+        memory: float | None = None,
+    ) -> None:
+        """Memory and time of each gradient algorithm on the configured model and data, and which one to use.
+
+        Args:
+            model: the model.
+            datamodule: the data.
+            steps: most time steps of a sequence that are timed; a ReasoningModule has none.
+            memory: GB that may be taken; null: what is free.
+        """
+        if isinstance(model, SequenceModule) and datamodule is not None:
+            forecast(model, datamodule, self, steps, memory)
+        elif isinstance(model, ReasoningModule) and datamodule is not None:
+            forecast_puzzles(model, datamodule, self, memory)
+        else:
+            raise TypeError(
+                f"forecast needs a SequenceModule or a ReasoningModule, and data, got {type(model).__name__}"
+            )
 
 
 class SaveConfig(SaveConfigCallback):
@@ -92,7 +123,7 @@ class CommandLine(LightningCLI):
             ManualModule,
             LightningDataModule,
             save_config_callback=SaveConfig,
-            trainer_class=AuditTrainer,
+            trainer_class=DiagnosisTrainer,
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False},
@@ -105,7 +136,7 @@ class CommandLine(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "audit": {"model", "datamodule"}, "forecast": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(

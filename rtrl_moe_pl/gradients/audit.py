@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,35 +37,44 @@ class ParameterAudit:
 
 
 @dataclass(frozen=True)
-class AuditReport:
-    """The whole comparison.
+class Comparison:
+    """Gradients beside those of a reference.
 
     Args:
-        exact: whether the algorithm claims to be exact.
+        exact: whether they claim to be those of the reference.
         relative_error, cosine: of all parameters together.
         parameters: by public name.
-        state_norms, influence_norms: mean over lanes of the state's norm, and norm of P as last advanced, after every
-            window.
-        loss: summed over lanes and steps.
     """
 
     exact: bool
     relative_error: float
     cosine: float
     parameters: dict[str, ParameterAudit]
-    state_norms: list[float]
-    influence_norms: list[float]
-    loss: float
 
     @property
     def zero_gradients(self) -> list[str]:
-        """Parameters that BPTT gives no gradient on this data."""
+        """Parameters that the reference gives no gradient on this data."""
         return [name for name, p in self.parameters.items() if p.reference_norm == 0]
 
     @property
     def passed(self) -> bool:
-        """False if an algorithm that claims to be exact is off by more than 1e-9, or not finite."""
+        """False if what claims to be exact is off by more than 1e-9, or not finite."""
         return not self.exact or self.relative_error <= EXACT_TOLERANCE
+
+
+@dataclass(frozen=True)
+class AuditReport(Comparison):
+    """The whole comparison of an algorithm with BPTT.
+
+    Args:
+        state_norms, influence_norms: mean over lanes of the state's norm, and norm of P as last advanced, after every
+            window.
+        loss: summed over lanes and steps.
+    """
+
+    state_norms: list[float]
+    influence_norms: list[float]
+    loss: float
 
 
 def parameter_paths(memory: Memory) -> dict[str, str]:
@@ -120,18 +130,23 @@ def audit_gradient(
         reads = len(state_norms) % 2 == 1 or end == steps
         influence_norms.append(float((memory.sensitivity if reads else memory.base).norm()))
 
-    paths = parameter_paths(memory)
-    names = list(grads)
-    flat = torch.cat([grads[n].flatten() for n in names])
-    truth = torch.cat([reference[n].flatten() for n in names])
-    return AuditReport(
-        algorithm.exact,
-        *_compare(flat, truth),
-        {n: _audit(grads[n], reference[n], paths.get(n, "")) for n in names},
-        state_norms,
-        influence_norms,
-        loss,
-    )
+    compared = compare_gradients(grads, reference, algorithm.exact, parameter_paths(memory))
+    return AuditReport(**vars(compared), state_norms=state_norms, influence_norms=influence_norms, loss=loss)
+
+
+def compare_gradients(
+    grads: Mapping[str, Tensor], reference: Mapping[str, Tensor], exact: bool, paths: Mapping[str, str] | None = None
+) -> Comparison:
+    """Gradients of the same parameters beside those of a reference, all in one dtype.
+
+    Args:
+        exact: whether they claim to be equal.
+        paths: how each parameter is differentiated, where that is known.
+    """
+    flat = torch.cat([gradient.flatten() for gradient in grads.values()])
+    truth = torch.cat([reference[name].flatten() for name in grads])
+    parameters = {name: _audit(grads[name], reference[name], (paths or {}).get(name, "")) for name in grads}
+    return Comparison(exact, *_compare(flat, truth), parameters)
 
 
 def _audit(gradient: Tensor, reference: Tensor, path: str) -> ParameterAudit:

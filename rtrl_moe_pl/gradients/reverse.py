@@ -35,6 +35,7 @@ class _ReverseMode(GradientAlgorithm):
         return Memory(state, ZeroSensitivity(shapes, state.shape[0], state.shape[1], state.dtype, state.device))
 
     def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
+        # rough: what autograd keeps depends on the operations; `graph_bytes` of a few steps counts it
         steps = min(self.window or steps, steps)
         outputs = sum(p.shape[0] for p in cell.parameters() if p.ndim == 2)
         kept = 4 * (outputs + int(cell.state_size))  # type: ignore[arg-type]

@@ -1,0 +1,155 @@
+"""Runs that train nothing: batches without a Trainer's loop, what a gradient of them takes, and tables of it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+
+from rtrl_moe_pl.data import Batch
+from rtrl_moe_pl.data.puzzles import PuzzleStream
+from rtrl_moe_pl.gradients import RTRL, Forecast, GradientAlgorithm, graph_bytes
+from rtrl_moe_pl.modules import ManualModule, ReasoningModule, SequenceModule
+from rtrl_moe_pl.modules.reasoning_audit import TrialRun
+
+REPEATS = 3  # timed; their median counts
+LONGEST = 10.0  # seconds, after which nothing is repeated
+SAMPLE = 8  # steps; autograd keeps as much of each as of the next
+
+
+def prepared(model: ManualModule, datamodule: LightningDataModule, trainer: Trainer) -> Iterator[Any]:
+    """Training batches on the model's device, without end; the model is moved there."""
+    model.to(trainer.strategy.root_device)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    return batches(model, datamodule)
+
+
+def batches(model: ManualModule, datamodule: LightningDataModule) -> Iterator[Any]:
+    while True:  # a loader's epoch may be shorter than what is needed
+        for request in datamodule.train_dataloader():
+            moved = datamodule.transfer_batch_to_device(request, model.device, 0)
+            yield datamodule.on_after_batch_transfer(moved, 0)
+
+
+def puzzles(model: ReasoningModule, source: Iterator[Any]) -> PuzzleStream:
+    """The stream that training batches are."""
+    stream = next(source)
+    if not isinstance(stream, PuzzleStream):
+        raise TypeError(f"a ReasoningModule needs a PuzzleDataModule, got batches of type {type(stream).__name__}")
+    stream.device = model.device
+    return stream
+
+
+def goes_on(datamodule: LightningDataModule, batch: Batch) -> bool:
+    """Whether lanes go on from batch to batch, rather than begin a sequence in each."""
+    layout = getattr(datamodule, "layout", None)
+    return layout == "stream" if layout else not bool(batch.starts[:, 0].all())
+
+
+def joined(source: Iterator[Batch], steps: int) -> Batch:
+    """The first ``steps`` steps of consecutive batches: lanes go on, or start anew, as in training."""
+    parts = [next(source)]
+    while sum(part.inputs.shape[1] for part in parts) < steps:
+        parts.append(next(source))
+    inputs, labels, weights, starts = (
+        torch.cat(pieces, 1)[:, :steps]
+        for pieces in zip(*((part.inputs, *part.targets, part.starts) for part in parts), strict=True)
+    )
+    return Batch(inputs, (labels, weights), starts)
+
+
+def forecast_memory(
+    model: SequenceModule, algorithm: GradientAlgorithm, source: Iterator[Batch], steps: int, streams: bool
+) -> Forecast:
+    """What an algorithm takes beyond weights and optimizer: that of a run in reverse is measured on a few steps.
+
+    Args:
+        steps: that are delivered together.
+        streams: whether lanes go on from batch to batch, and with them what is not in P yet.
+    """
+    sample = joined(source, 2 * SAMPLE)
+    lanes = len(sample.inputs)
+    if isinstance(algorithm, RTRL) and streams:
+        steps = max(steps, algorithm.chunk_for(model.cell, batch_size=lanes))
+    found = algorithm.forecast(model.cell, lanes, model.dtype, steps)  # type: ignore[arg-type]
+    if algorithm.carries_influence:
+        return found
+    steps, kept = min(algorithm.window or steps, steps), []
+    for count in (SAMPLE, 2 * SAMPLE):
+        inputs, targets, starts = (
+            sample.inputs[:, :count].clone(),
+            tuple(target[:, :count].clone() for target in sample.targets),
+            sample.starts[:, :count].clone(),
+        )
+        memory = algorithm.init(model.cell, lanes)
+        arguments = model.cell, model.readout, inputs, targets, model.loss, memory, starts
+        kept.append(graph_bytes(lambda arguments=arguments: algorithm.step(*arguments)))
+    more = (kept[1] - kept[0]) / SAMPLE
+    return Forecast(0, int(kept[0] + (steps - SAMPLE) * more), found.operations_per_token)
+
+
+def seconds_per_step(model: SequenceModule, algorithm: GradientAlgorithm, data: Sequence[Batch]) -> float:
+    """Seconds a time step of all lanes: the median of a few periods, each as long as P takes to be advanced once.
+
+    Args:
+        data: batches of equal size, taken in turn.
+    """
+    steps = data[0].inputs.shape[1]
+    memory = algorithm.init(model.cell, len(data[0].inputs))
+    source = cycle(data)
+
+    def run(count: int) -> float:
+        began = time.perf_counter()
+        for batch in islice(source, count):
+            inputs, targets, starts = batch.inputs, batch.targets, batch.starts
+            result = algorithm.run(model.cell, model.readout, inputs, targets, model.loss, memory, starts)
+            float(result.loss)  # waits for the device
+        return (time.perf_counter() - began) / (count * steps)
+
+    run(1)  # chooses how the cell is differentiated
+    period = 1 if memory.tail is None else max(1, round(memory.tail.capacity / steps))
+    if period > 1:
+        run(period - 1)
+    return repeated(lambda: run(period))
+
+
+def repeated(run: Any) -> float:
+    """The median of what some calls return, fewer where they take long."""
+    began, found = time.perf_counter(), [run()]
+    while len(found) < REPEATS and time.perf_counter() - began < LONGEST:
+        found.append(run())
+    return statistics.median(found)
+
+
+def measure_reasoning(model: ReasoningModule, stream: PuzzleStream) -> tuple[int, float]:
+    """Bytes that autograd keeps of a batch in which every lane begins, and seconds a batch.
+
+    The time is the mean over as many batches as the longest puzzle has: in mode "cached" few of them encode.
+    """
+    trial = TrialRun(model, stream)
+    kept = graph_bytes(trial.step)
+    began, done = time.perf_counter(), 0
+    while done < model.halting.max_steps and (done == 0 or time.perf_counter() - began < LONGEST):
+        trial.step()
+        done += 1
+        next(iter(trial.grads.values())).sum().item()  # waits for the device
+    return kept, (time.perf_counter() - began) / done
+
+
+def figure(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The first and the last column to the left, numbers between them to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [f"{row[0]:{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:-1], widths[1:-1], strict=True)), row[-1]]
+        print("  ".join(cells).rstrip())

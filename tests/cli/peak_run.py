@@ -1,0 +1,79 @@
+"""Print forecast and peak of gradients, in bytes, each measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rtrl_moe_pl.cells import GRU, RecurrentMoE
+from rtrl_moe_pl.cli.trial import forecast_memory, measure_reasoning
+from rtrl_moe_pl.data import Batch
+from rtrl_moe_pl.gradients import BPTT, RTRL, BlockRTRL, GradientAlgorithm
+from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
+from rtrl_moe_pl.modules.reasoning_audit import TrialRun
+from rtrl_moe_pl.reasoning import TRM
+from tests.modules.reasoning_helpers import data
+
+INPUTS, CLASSES = 6, 3
+SEQUENCES: dict[str, tuple[GradientAlgorithm, Callable[[], Any], int, int]] = {  # algorithm, cell, lanes, steps
+    "BPTT": (BPTT(), lambda: GRU(INPUTS, 64), 32, 1000),
+    "BPTT of small operations": (BPTT(), lambda: RecurrentMoE(INPUTS, 16, 4, 8), 1, 800),
+    "RTRL": (RTRL(window=32), lambda: GRU(INPUTS, 96), 16, 320),
+    "BlockRTRL": (BlockRTRL(window=32), lambda: RecurrentMoE(INPUTS, 24, 4, 8), 16, 128),
+}
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def batch(lanes: int, steps: int) -> Batch:
+    labels = torch.randint(CLASSES, (lanes, steps))
+    starts = torch.zeros(lanes, steps, dtype=torch.bool)
+    return Batch(torch.randn(lanes, steps, INPUTS), (labels, torch.ones(lanes, steps)), starts)
+
+
+def of_sequences(case: str) -> tuple[int, int]:
+    algorithm, cell, lanes, steps = SEQUENCES[case]
+    model = SequenceModule(cell(), CLASSES, algorithm)
+
+    def gradient(given: Batch) -> None:
+        memory = algorithm.init(model.cell, len(given.inputs))
+        inputs, targets = given.inputs, given.targets
+        algorithm.run(model.cell, model.readout, inputs, targets, model.loss, memory, given.starts)
+
+    gradient(batch(1, 4))  # what is loaded once
+    given, before = batch(lanes, steps), peak()
+    gradient(given)
+    measured = peak() - before
+    return forecast_memory(model, algorithm, iter([batch(lanes, 16)]), steps, True).total_bytes, measured
+
+
+def of_puzzles() -> tuple[int, int]:
+    def model(lanes: int, width: int) -> TrialRun:
+        source = data(batch_size=lanes, size=6, demos=1)
+        made = ReasoningModule(source.shape, lambda shape: TRM(shape, width, prefix=4))
+        return TrialRun(made, source.on_after_batch_transfer("train", 0))  # type: ignore[arg-type]
+
+    model(1, 8).step()
+    trial, before = model(48, 128), peak()
+    trial.step()
+    measured = peak() - before
+    return measure_reasoning(trial.model, trial.stream)[0], measured
+
+
+def measure(case: str) -> tuple[int, int]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return of_puzzles() if case == "puzzles" else of_sequences(case)
+
+
+if __name__ == "__main__":
+    cases = [*SEQUENCES, "puzzles"]
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # imports once
+        print(json.dumps(dict(zip(cases, pool.map(measure, cases, chunksize=1), strict=True))))
