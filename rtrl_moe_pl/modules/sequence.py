@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rtrl_moe_pl.cells import Cell, RoutedCell, Routing
 from rtrl_moe_pl.data import Batch
 from rtrl_moe_pl.gradients import GradientAlgorithm, Memory
+from rtrl_moe_pl.gradients.base import require_cell
 from rtrl_moe_pl.modules.base import ManualModule
 from rtrl_moe_pl.modules.evaluation import evaluate, go_on
 from rtrl_moe_pl.modules.figures import EvaluationFigures, TrainingFigures, correct
@@ -42,7 +43,7 @@ class SequenceModule(ManualModule):
         optimizer, lr_scheduler, gradient_clip, update_every: see ManualModule.
 
     Raises:
-        ValueError: if readout and cell, or algorithm and data, do not fit.
+        ValueError: if the cell is none, or readout and cell, or algorithm and data, do not fit.
     """
 
     advice = f"{ManualModule.advice}, or a shorter sequence"
@@ -61,6 +62,7 @@ class SequenceModule(ManualModule):
         update_every: int = 1,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, gradient_clip, update_every)
+        require_cell(cell)
         self.cell = cell
         self.readout = nn.Linear(cell.state_size, output_size) if readout is None else readout  # type: ignore[arg-type]
         self.output_size = output_size

@@ -188,6 +188,11 @@ def test_a_penalty_weighs_the_same_however_much_is_labelled(tmp_path: Path, labe
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_module_that_is_no_cell_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^Linear is no cell: it has no state_size and no initial_state; a cell has"):
+        SequenceModule(nn.Linear(3, 5), 2, BPTT())
+
+
 def test_a_readout_that_takes_the_input_is_checked_too() -> None:
     with pytest.raises(ValueError, match=r"model\.readout.num_slots is 4, but the cell's is 3: give both the same"):
         SequenceModule(RecurrentMoE(3, 4, 3, 2), 2, RTRL(window=4), SlotAttention(3, 4, 3, 2))
