@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks import etrm_ablation, haystack_report, memory, moe_scaling, reasoning_step
+from benchmarks import etrm_ablation, haystack_report, memory, moe_scaling, reasoning_step, side_by_side
 from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parent / "README.md"
@@ -154,6 +154,7 @@ def draw_step_time(found: dict[str, Any]) -> None:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     tables: dict[str, Callable[[Any], str]] = {
+        "side_by_side": side_by_side.table,
         "step_time_cpu_1": step_table,
         "moe_scaling": moe_scaling.table,
         "learning": learning_table,
@@ -167,6 +168,7 @@ def main() -> None:
     for name, table in tables.items():
         page = insert(page, name, f"\n{facts(found[name])}\n\n{table(found[name]['results'])}\n")
     PAGE.write_text(page)
+    side_by_side.draw(found["side_by_side"]["results"])
     draw_recall(found["learning"])
     draw_step_time(found["step_time_cpu_1"])
     moe_scaling.draw(found["moe_scaling"]["results"])

@@ -1,7 +1,15 @@
 """The benchmarks' parts that nothing else runs."""
 
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
 import torch
 
+from benchmarks import side_by_side
+from benchmarks.common import RESULTS
 from benchmarks.step_time import influence_update
 
 
@@ -10,3 +18,29 @@ def test_influence_update_is_measured() -> None:
     assert found.keys() == {"n", "batch", "update_share_of_sgemm", "product_share_of_sgemm"}
     assert 0 < found["update_share_of_sgemm"]
     assert 0 < found["product_share_of_sgemm"]
+
+
+@pytest.mark.slow
+def test_side_by_side_separates_learning_from_chance() -> None:
+    """One seed, and one of the forms of RTRL; the whole is three seeds of all."""
+    last = {n: side_by_side.learn(n, seed=0, updates=60)["curve"][-1][1] for n in ("BPTT", "BlockRTRL", "TBPTT")}
+    assert last["BPTT"] > 0.95
+    assert last["BlockRTRL"] > 0.95
+    assert last["TBPTT"] < side_by_side.CHANCE + 0.1
+
+
+@pytest.mark.parametrize("name", side_by_side.ALGORITHMS)
+def test_side_by_side_compares_gradients(name: str) -> None:
+    found = side_by_side.compare(name, seed=0)
+    if name == "TBPTT":
+        assert found["cosine"] < 0.95
+    else:
+        assert found["relative_error"] < 1e-12
+
+
+def test_side_by_side_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.loads((RESULTS / "side_by_side.json").read_text())["results"]
+    assert len(side_by_side.table(found).splitlines()) == 2 + len(side_by_side.ALGORITHMS)
+    monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
+    side_by_side.draw(found)
+    assert (tmp_path / "side_by_side.png").stat().st_size > 10_000
