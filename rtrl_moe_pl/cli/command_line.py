@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import rtrl_moe_pl.cells  # short class names in YAML are those of imported classes
@@ -32,6 +34,7 @@ from rtrl_moe_pl.training.callbacks import Bar, BestCheckpoint, PredictionWriter
 from rtrl_moe_pl.training.checkpoints import newest_readable, require_readable, require_writable
 from rtrl_moe_pl.training.last_checkpoint import Interrupted, LastCheckpoint
 from rtrl_moe_pl.training.run_folder import RunLogger
+from rtrl_moe_pl.training.strategy import require_broadcast
 
 # Lightning's, about what is meant here: data made on the device, one folder per run, figures every few batches, saving
 # after the step. Of a figure that is not known when a checkpoint is due, `BestCheckpoint` warns at the end.
@@ -243,8 +246,12 @@ class CommandLine(LightningCLI):
             callbacks.append(Bar(refresh_rate=10))  # the same bar in every environment
         if self.config.subcommand == "predict":
             callbacks.append(PuzzleWriter() if isinstance(self.model, ReasoningModule) else PredictionWriter())
-        if config.trainer.strategy == "auto" and count_processes(config.trainer) > 1:
+        processes = count_processes(config.trainer)
+        require_all(processes)
+        if processes > 1 and config.trainer.strategy == "auto":
             kwargs["strategy"] = "broadcast"
+        else:
+            require_broadcast(config.trainer.strategy, processes)  # before any process is started
         if config.trainer.logger in (None, True):
             root = config.trainer.default_root_dir or os.getcwd()
             kwargs["logger"] = RunLogger(root, version=SLURMEnvironment.job_id())  # as Lightning does
@@ -263,6 +270,16 @@ def count_processes(trainer: Any) -> int:
     else:
         raise ValueError(f"trainer.devices: needs a number, a list of indices, or auto, got {devices}")
     return count * trainer.num_nodes
+
+
+def require_all(processes: int) -> None:
+    """Refuse to run beside processes of torchrun or srun that would each train alone."""
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect() and environment().world_size() != processes:
+            raise ValueError(
+                f"trainer.devices times trainer.num_nodes is {processes}, but {environment().world_size()} processes "
+                f"were started ({environment.__name__}): make --trainer.devices their number on a node"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -295,5 +312,6 @@ def main(argv: list[str] | None = None) -> int:
             message = one_line(error)
         except Exception:  # the parser has other words than those that are known
             message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
+        rank = rank_zero_only.rank
+        print(f"error (rank {rank}): {message}" if rank else f"error: {message}", file=sys.stderr, flush=True)
         return 1

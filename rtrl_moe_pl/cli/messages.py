@@ -41,6 +41,7 @@ _TYPES = {"collections.abc.Sequence": "a list", "collections.abc.Mapping": "keys
 _NO_CLASS = re.compile(r"Expected a dot import path string: (.*)")
 _NO_FIGURE = re.compile(r"`ModelCheckpoint\(monitor=(.*?)\)` could not find the monitored key .*?: \[(.*?)\]")
 _BEGINS = re.compile(r"(\w+)(?=( \([^)]*\)| \+ \w+)?( must| has|=| '|:))")  # about an option: no prose
+_LOST = re.compile(r"(gloo|NCCL|TCPStore).*([Cc]onnection|[Bb]roken pipe|[Tt]imed out|timeout|remote)", re.DOTALL)
 _NO_YAML = re.compile(r"(?:Problems parsing config: |Unexpected config: *)(.*)", re.DOTALL)
 
 
@@ -53,6 +54,11 @@ def one_line(error: BaseException) -> str:
     text = _OF_CALLABLE.sub("", str(error).strip())
     if not text:
         return type(error).__name__
+    if _LOST.search(text):
+        return (
+            "another process of this run has ended or no longer answers: its own error, if it left one, is above; "
+            "go on with --ckpt_path last"
+        )
     if found := _NO_YAML.match(text):
         return (
             f"--config: the file is not a YAML mapping of keys to values: {' '.join(found[1].split()) or 'it is empty'}"

@@ -21,7 +21,7 @@ from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, u
 from rtrl_moe_pl.training.averaging import resume_raw
 from rtrl_moe_pl.training.checkpoints import PER_RANK, DurableCheckpointIO
 from rtrl_moe_pl.training.failure import first_bad
-from rtrl_moe_pl.training.strategy import BroadcastStrategy, require_same_processes
+from rtrl_moe_pl.training.strategy import require_broadcast, require_same_processes
 
 ARCHITECTURE = "rtrl_moe_pl_architecture"
 OPTIMIZER = "rtrl_moe_pl_optimizer"
@@ -85,11 +85,7 @@ class ManualModule(LightningModule):
                 "the Trainer cannot accumulate hand-written gradients; set model.update_every instead"
             )
         refuse_float16(trainer.precision)
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, BroadcastStrategy):
-            raise ValueError(
-                f"trainer.strategy={type(trainer.strategy).__name__} is not supported with several processes: "
-                "it keeps the carry of one alone; use strategy: broadcast"
-            )
+        require_broadcast(trainer.strategy, trainer.world_size)
         return []
 
     def setup(self, stage: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchmetrics import MeanMetric
 from rtrl_moe_pl.cells import Routing
 from rtrl_moe_pl.gradients import WindowResult
 from rtrl_moe_pl.modules.usage import usage_figures
+from rtrl_moe_pl.training import sum_over_ranks
 
 
 def correct(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ class Stopwatch:
 
 
 class TrainingFigures(Stopwatch):
-    """Loss, accuracy and speed of the batches since they were last read: this process's, not those of all ranks."""
+    """Loss, accuracy and speed of the batches since they were last read."""
 
     def clear(self) -> None:
         super().clear()
@@ -61,13 +63,23 @@ class TrainingFigures(Stopwatch):
         """What a routed cell chose: counts [S], [S] and [E]."""
         self._used = used if self._used is None else Routing(*map(torch.add, self._used, used))
 
-    def read(self) -> dict[str, Any]:
-        """Figures by tag; loss and accuracy, means per weight, are missing if there was no weight."""
-        figures: dict[str, Any] = {"train/tokens_per_second": self._tokens / self.elapsed()}
-        weight = float(self._weight)
+    def read(self, state_norms: Tensor, influence_norm: Tensor) -> dict[str, Any]:
+        """Figures by tag, of all ranks; loss and accuracy, means per weight, are missing if there was no weight.
+
+        Every rank must read at the same batches: one collective.
+
+        Args:
+            state_norms: [B], of this rank's lanes; the figure is their mean.
+            influence_norm: of this rank's lanes together, 0-dim.
+        """
+        speed, lanes = self._tokens / self.elapsed(), len(state_norms)
+        sums = (self._loss, self._correct, self._weight, speed, state_norms.sum(), lanes, influence_norm.square())
+        summed = sum_over_ranks(torch.stack([torch.as_tensor(value).to(state_norms) for value in sums]))
+        loss, correct, weight, speed, norms, lanes, square = summed.tolist()
+        figures: dict[str, Any] = {"train/tokens_per_second": speed}
+        figures |= {"train/state_norm": norms / lanes, "train/influence_norm": math.sqrt(square)}
         if weight > 0:
-            figures["train/loss"] = float(self._loss) / weight
-            figures["train/accuracy"] = float(self._correct) / weight
+            figures |= {"train/loss": loss / weight, "train/accuracy": correct / weight}
         if self._used is not None:
             figures |= usage_figures(self._used)
         self.clear()

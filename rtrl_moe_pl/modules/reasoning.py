@@ -172,7 +172,11 @@ class ReasoningModule(ManualModule):
         if self.logs_now():
             figures, steps = self._figures.read()
             loss_figure = figures.pop("train/loss", None)
-            values: dict[str, Any] = {**figures, **context_figures(made.context, carry.puzzles.identity)}
+            context, identity = (  # of all ranks' lanes, so that rules are as large a group as in one process
+                self.all_gather(of.detach()).reshape(-1, *of.shape[1:])  # type: ignore[union-attr]
+                for of in (made.context, carry.puzzles.identity)
+            )
+            values: dict[str, Any] = {**figures, **context_figures(context, identity)}
             if update is not None and update.stepped:
                 values |= grad_norms(self, update.grad_norm)
             self.log_dict(values, batch_size=1)

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from rtrl_moe_pl.modules.figures import Stopwatch
 from rtrl_moe_pl.reasoning.etrm import Supervision
 from rtrl_moe_pl.reasoning.losses import StepLoss
+from rtrl_moe_pl.training import sum_over_ranks
 
 _PER_ROW = ("loss", "answer_loss", "q_halt_loss", "q_continue_loss", "kl", "gradient_coverage")
+_SOMETIMES = ("kl", "q_continue_loss")  # not every configuration or step has them
 _AT_HALT = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")
 
 
 class ReasoningFigures(Stopwatch):
-    """Sums over the supervision steps since they were last read: this process's, not those of all ranks.
+    """Sums over the supervision steps since they were last read.
 
     Losses and gradient coverage are means over all lanes; accuracies and steps over the puzzles that lanes were done
     with.
@@ -31,10 +33,9 @@ class ReasoningFigures(Stopwatch):
 
     def clear(self) -> None:
         super().clear()
-        self._rows: Tensor | float = 0.0  # [loss, .., number of rows]
-        self._halts: Tensor | float = 0.0  # [accuracy, .., number of halts]
-        self._steps: Tensor | int = 0  # [max_steps], how many halted after 1, 2, .. steps
-        self._seen: set[str] = set()  # losses that not every configuration or step has
+        # [loss, .., rows, accuracy, .., halts, how many halted after 1, 2, .. steps]
+        self._sums: Tensor | float = 0.0
+        self._seen: set[str] = set()  # of _SOMETIMES
 
     def add(self, made: Supervision, loss: StepLoss, total: Tensor, reached: Tensor, halted: Tensor) -> None:
         """Add a step.
@@ -54,28 +55,32 @@ class ReasoningFigures(Stopwatch):
         done = halted & valid
         by_row = (loss.accuracy, loss.correct, (made.answer.halt >= 0) == loss.correct, steps)
         with torch.no_grad():
-            self._rows = self._rows + torch.stack([*rows, valid.sum()]).double()
-            self._halts = self._halts + torch.stack([*((v * done).sum() for v in by_row), done.sum()]).double()
             number = torch.arange(1, self.max_steps + 1, device=steps.device)
-            self._steps = self._steps + ((steps[:, None] == number) & done[:, None]).sum(0)
+            by_steps = ((steps[:, None] == number) & done[:, None]).sum(0)
+            sums = torch.stack([*rows, valid.sum(), *((v * done).sum() for v in by_row), done.sum()])
+            self._sums = self._sums + torch.cat([sums.double(), by_steps.double()])
 
     def read(self) -> tuple[dict[str, float], Tensor]:
         """Figures by tag, and how many puzzles lanes were done with after 1, 2, .. steps, [max_steps]; forgets them.
 
-        Figures that nothing was counted for are missing.
+        Both are of all ranks, which must read at the same batches: one collective. Figures that nothing was counted
+        for are missing.
         """
-        figures: dict[str, float] = {}
-        for names, sums in ((_PER_ROW, self._rows), (_AT_HALT, self._halts)):
-            if isinstance(sums, Tensor):
-                *values, count = sums.tolist()
-                if count:
-                    figures |= {f"train/{name}": value / count for name, value in zip(names, values, strict=True)}
-        for name in {"kl", "q_continue_loss"} - self._seen:
-            figures.pop(f"train/{name}", None)
-        steps = self._steps if isinstance(self._steps, Tensor) else torch.zeros(self.max_steps, dtype=torch.int64)
-        figures["train/puzzles_per_second"] = int(steps.sum()) / self.elapsed()
+        assert isinstance(self._sums, Tensor), "read comes after add"
+        speed = self._sums[-self.max_steps :].sum() / self.elapsed()
+        own = torch.cat([self._sums, speed[None], self._sums.new_tensor([name in self._seen for name in _SOMETIMES])])
+        sizes = [len(_PER_ROW) + 1, len(_AT_HALT) + 1, self.max_steps, 1, len(_SOMETIMES)]
+        *sums, steps, speed, seen = sum_over_ranks(own).split(sizes)
+        figures: dict[str, float] = {"train/puzzles_per_second": float(speed)}
+        for names, part in zip((_PER_ROW, _AT_HALT), sums, strict=True):
+            *values, count = part.tolist()
+            if count:
+                figures |= {f"train/{name}": value / count for name, value in zip(names, values, strict=True)}
+        for name, ranks in zip(_SOMETIMES, seen.tolist(), strict=True):
+            if not ranks:
+                figures.pop(f"train/{name}", None)
         self.clear()
-        return figures, steps
+        return figures, steps.long()
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from rtrl_moe_pl.modules.base import ManualModule
 from rtrl_moe_pl.modules.evaluation import evaluate, go_on
 from rtrl_moe_pl.modules.figures import EvaluationFigures, TrainingFigures, correct
 from rtrl_moe_pl.modules.losses import WeightedCrossEntropy
+from rtrl_moe_pl.training import sum_over_ranks
 from rtrl_moe_pl.training.failure import first_bad
 
 
@@ -32,7 +33,7 @@ class SequenceModule(ManualModule):
 
     Figures are logged every ``trainer.log_every_n_steps`` batches: loss and accuracy per weight and tokens per second
     over the batches since the last time; gradient norm before clipping, state norm (mean over lanes) and norm of the
-    influence matrix after the last of them.
+    influence matrix after the last of them. All are those of all processes together.
 
     Args:
         cell: module with ``state_size``, ``initial_state(batch_size)`` and ``forward(x, s)``.
@@ -92,11 +93,14 @@ class SequenceModule(ManualModule):
         inputs, targets, starts = batch.inputs, tuple(batch.targets), batch.starts  # a DataLoader makes lists of tuples
         memory = self._memory_for(inputs, starts)
         weight = targets[1].sum()
-        per_step = weight / targets[1].numel()  # of penalties: their mean over steps beside the mean loss
+        share = torch.stack([weight, weight.new_tensor(targets[1].numel())])
+        if hasattr(self.cell, "auxiliary"):
+            share = sum_over_ranks(share)
+        per_step = share[0] / share[1]  # of penalties: their mean over all ranks' steps beside the mean loss
         with torch.autocast(inputs.device.type, enabled=False):
             result = self.gradient.run(self.cell, self.readout, inputs, targets, self.loss, memory, starts, per_step)
         self._memory = result.memory
-        state_norm = result.memory.state.norm(dim=1).mean()
+        state_norms = result.memory.state.norm(dim=1)
 
         def diagnose() -> str | None:
             tensors = {"inputs": inputs, "state": result.memory.state, "outputs": result.outputs, "loss": result.loss}
@@ -106,7 +110,7 @@ class SequenceModule(ManualModule):
         used, result.memory.used = result.memory.used, None
         counts = None if used is None else torch.cat(used)
         # 0 * infinity is NaN: what is bad in this batch reaches the update, and so every rank, through the weight.
-        update = self.update_parameters(result.grads, weight + 0 * (result.loss + state_norm), diagnose, counts)
+        update = self.update_parameters(result.grads, weight + 0 * (result.loss + state_norms.sum()), diagnose, counts)
         self._figures.add(result, targets, weight)
         if update is not None and update.counts is not None:
             assert isinstance(self.cell, RoutedCell)
@@ -116,8 +120,7 @@ class SequenceModule(ManualModule):
             self._figures.add_usage(used)
         if self.logs_now():
             # Lightning takes 0.3 ms for a figure, and the influence norm reads all of P: not after every batch.
-            figures: dict[str, Any] = self._figures.read()
-            figures |= {"train/state_norm": state_norm, "train/influence_norm": result.memory.base.norm()}
+            figures = self._figures.read(state_norms, result.memory.base.norm())
             if update is not None and update.stepped:
                 figures["train/grad_norm"] = update.grad_norm
             loss = figures.pop("train/loss", None)

@@ -5,7 +5,7 @@ from rtrl_moe_pl.training.failure import NumericalFailure
 from rtrl_moe_pl.training.freezing import Freeze
 from rtrl_moe_pl.training.optimizers import AdamATan2, CombinedOptimizer, SignSGD
 from rtrl_moe_pl.training.schedules import Warmup
-from rtrl_moe_pl.training.update import GradientSums, UpdateResult, update
+from rtrl_moe_pl.training.update import GradientSums, UpdateResult, sum_over_ranks, update
 
 __all__ = [
     "EMA",
@@ -17,5 +17,6 @@ __all__ = [
     "SignSGD",
     "UpdateResult",
     "Warmup",
+    "sum_over_ranks",
     "update",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from typing import Any
 
 import torch
@@ -13,12 +16,41 @@ from rtrl_moe_pl.training.checkpoints import PER_RANK, shard_of
 
 
 def require_same_processes(saved: dict[str, Any], running: int) -> None:
-    """Refuse to take up a carry whose lanes were spread over another number of processes."""
-    if saved["carry"] is not None and saved["world_size"] != running:
+    """Refuse to take up lanes, or sums of gradients, that were spread over another number of processes."""
+    if saved["world_size"] != running and (saved["carry"] is not None or saved["sums"]["batches"]):
         raise ValueError(
             f"the checkpoint was written by {saved['world_size']} processes, but {running} are running: use as many "
             "trainer.devices, whose lanes it continues"
         )
+
+
+def require_broadcast(strategy: object, processes: int) -> None:
+    """Refuse strategies, by object or name, that do not keep what is each process's own."""
+    if processes > 1 and strategy != "broadcast" and not isinstance(strategy, BroadcastStrategy):
+        name = strategy if isinstance(strategy, str) else type(strategy).__name__
+        raise ValueError(
+            f"trainer.strategy={name} is not supported with {processes} processes: it averages no hand-written "
+            "gradients, and keeps the carry of one process alone; leave it out, or use broadcast"
+        )
+
+
+def end_with_parent(stop: threading.Event, every: float = 2.0) -> None:
+    """End this process, one that the parent started, when the parent has ended without it, unless ``stop`` is set.
+
+    The parent watches its children (Lightning's launcher, torchrun); without it a collective of NCCL would wait for
+    its timeout. An error of a collective has time to be printed first.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            if stop.wait(every):
+                return
+        if not stop.wait(every):
+            print("error: the process that started this one has ended", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 class BroadcastStrategy(DDPStrategy):
@@ -28,6 +60,18 @@ class BroadcastStrategy(DDPStrategy):
     ranks in silence. This strategy broadcasts the weights of rank 0 once and leaves gradients to `update`.
     Checkpoints are written by rank 0; the carry of rank r > 0 goes to ``<checkpoint>.rank<r>`` beside it.
     """
+
+    _finished: threading.Event
+
+    def setup_environment(self) -> None:
+        self._finished = threading.Event()
+        if self.local_rank > 0:
+            end_with_parent(self._finished)
+        super().setup_environment()
+
+    def teardown(self) -> None:
+        self._finished.set()
+        super().teardown()
 
     def configure_ddp(self) -> None:
         assert self.model is not None
@@ -44,7 +88,7 @@ class BroadcastStrategy(DDPStrategy):
         fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if fitting and PER_RANK in checkpoint:
             require_same_processes(checkpoint[PER_RANK], self.world_size)
-            if not self.is_global_zero:
+            if not self.is_global_zero and checkpoint[PER_RANK]["world_size"] == self.world_size:
                 shard = shard_of(checkpoint_path, self.global_rank)
                 if not shard.is_file():
                     raise FileNotFoundError(f"{shard} is missing: it holds the carry of rank {self.global_rank}")

@@ -14,6 +14,17 @@ from torch import Tensor, nn
 from rtrl_moe_pl.training.failure import NumericalFailure, first_bad
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place; a process alone keeps it as it is.
+
+    Every rank must call it the same number of times, with tensors of one shape and type.
+    Cost: one collective.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
 class Stepper(Protocol):
     """An optimizer or a learning rate schedule."""
 
@@ -107,9 +118,7 @@ def update(
     names = [name for name in sums.grads if parameters[name].requires_grad]
     gradients = [sums.grads[name].reshape(-1) for name in names]
     counts = sums.weight.new_zeros(0) if sums.counts is None else sums.counts
-    flat = torch.cat([*gradients, sums.weight.reshape(1), counts.to(sums.weight)])
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(flat)
+    flat = sum_over_ranks(torch.cat([*gradients, sums.weight.reshape(1), counts.to(sums.weight)]))
     flat, weight, counts = flat.split([sum(map(len, gradients)), 1, len(counts)])
     total, sum_norm = torch.stack([weight[0], torch.linalg.vector_norm(flat)]).tolist()
     counts = counts if len(counts) else None

@@ -29,8 +29,10 @@ def test_means_per_weight_and_speed(clock: list[float]) -> None:
     training.resume()
     training.add(result(6.0, [[0.0, 1.0], [0.0, 1.0]]), (labels, weights), weights.sum())  # wrong, right
     clock.append(151.0)
-    assert training.read() == {
+    assert training.read(torch.tensor([1.0, 3.0]), torch.tensor(4.0)) == {
         "train/tokens_per_second": 4 / 2,
+        "train/state_norm": (1 + 3) / 2,
+        "train/influence_norm": 4.0,
         "train/loss": (2 + 6) / 8,
         "train/accuracy": (1 + 3) / 8,
     }
@@ -41,4 +43,4 @@ def test_no_loss_without_weight(clock: list[float]) -> None:
     labels, weights = torch.tensor([[0]]), torch.tensor([[0.0]])
     training.add(result(0.0, [[1.0, 0.0]]), (labels, weights), weights.sum())
     clock.append(102.0)
-    assert training.read() == {"train/tokens_per_second": 0.5}
+    assert "train/loss" not in training.read(torch.ones(1), torch.ones(()))
