@@ -1,0 +1,173 @@
+"""Starting several processes, losing one of them, and resuming on another number of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import StrategyRegistry
+
+from rtrl_moe_pl.cli import main
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+model:
+  class_path: SequenceModule
+  init_args:
+    cell: {class_path: GRU, init_args: {hidden_size: 5}}
+    gradient: {class_path: TBPTT, init_args: {window: 4}}
+data:
+  class_path: AnBnDataModule
+  init_args: {n_max: 4, batch_size: 4, steps_per_batch: 8, batches_per_epoch: 3, validation_size: 6}
+trainer:
+  accelerator: cpu
+  max_steps: 3
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+TWO = ("--trainer.devices", "2", "--data.batch_size", "2")
+OTHERS = [name for name in StrategyRegistry.available_strategies() if name != "broadcast"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fit(*options: str) -> int:
+    return main(["fit", "--config", "config.yaml", *options])
+
+
+def start(*options: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """``fit`` as a command, in the working directory."""
+    command = [sys.executable, "-m", *launcher, "rtrl_moe_pl", "fit", "--config", "config.yaml", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def weights(folder: str) -> tuple[int, dict[str, torch.Tensor]]:
+    newest = max(Path(folder).rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
+    checkpoint = torch.load(newest, weights_only=True)
+    return checkpoint["global_step"], checkpoint["state_dict"]
+
+
+# ---- what is refused before a process is started
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "dp", "no_such_strategy"])
+def test_other_strategies_are_refused(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert fit("--trainer.devices", "2", "--trainer.strategy", name) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: trainer.strategy={name} is not supported with 2 processes")
+    assert "use broadcast" in captured.err.splitlines()[-1]
+    assert not (here / "lightning_logs").exists()
+
+
+def test_processes_that_would_train_alone_are_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "GROUP_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert fit() == 1
+    assert "trainer.devices times trainer.num_nodes is 1, but 2 processes were started" in capsys.readouterr().err
+
+
+# ---- torchrun
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_torchrun_equals_one_process(here: Path) -> None:
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    done = start(*TWO, "--trainer.default_root_dir", "two", launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert fit("--trainer.default_root_dir", "one") == 0
+    (steps, expected), (found_steps, found) = weights("one"), weights("two")
+    assert steps == found_steps == 3
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+# ---- a lost process
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize(
+    ("faults", "status", "lines"),
+    [
+        (["raise 1"], 1, ["error (rank 1): the data of rank 1 cannot be read", "error: another process of this run"]),
+        (["raise 0"], 1, ["error: the data of rank 0 cannot be read"]),  # the other's comes when this one is gone
+        (["kill 1"], 1, ["error: another process of this run has ended"]),
+        (["kill 0", "stall 1"], -9, ["error: the process that started this one has ended"]),
+    ],
+)
+def test_a_lost_process_ends_the_run(here: Path, faults: list[str], status: int, lines: list[str]) -> None:
+    """With the error of the one that was lost, and one line of the other's; none is left behind to wait for ever.
+
+    `subprocess.run` returns when the last process has closed its output.
+    """
+    options = []
+    for fault in faults:
+        what, rank = fault.split()
+        options += ["--trainer.callbacks+", "tests.training.faults.Fault"]
+        options += ["--trainer.callbacks.rank", rank, "--trainer.callbacks.what", what]
+    done = start(*TWO, *options, "--trainer.max_steps", "-1", "--trainer.max_epochs", "1000")
+    assert done.returncode == status, done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) <= 2
+    for line, expected in zip(errors, lines, strict=False):
+        assert line.startswith(expected)
+    assert len(errors) >= len(lines)
+    assert "Traceback" not in done.stderr
+
+
+# ---- another number of processes
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_lanes_that_go_on_need_as_many_processes(here: Path) -> None:
+    """From one to two; `tests.test_cli` has two to one."""
+    assert fit() == 0
+    done = start(*TWO, "--ckpt_path", "last", "--trainer.max_steps", "6")
+    assert done.returncode == 1
+    assert "error: the checkpoint was written by 1 processes, but 2 are running: use as many" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_whole_sequences_go_on_with_any_number_of_processes(here: Path) -> None:
+    """One, two, one: as if it had been one all the time."""
+    whole = ("--data.layout", "sequences", "--trainer.default_root_dir")
+    again = ("--ckpt_path", "last", "--trainer.max_steps")
+    assert fit(*whole, "unbroken", "--trainer.max_steps", "9") == 0
+    assert fit(*whole, "changing") == 0
+    done = start(*whole, "changing", *TWO, *again, "6")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert fit(*whole, "changing", *again, "9") == 0
+    (steps, expected), (found_steps, found) = weights("unbroken"), weights("changing")
+    assert steps == found_steps == 9
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_summed_so_far_need_as_many_processes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole sequences, but in the middle of an update: each process has the sum of its own lanes."""
+    every = ("--data.layout", "sequences", "--model.update_every", "2", "--trainer.max_steps", "-1")
+    assert fit(*every, "--trainer.max_epochs", "1") == 0  # three batches: one update and a half
+    path = max(here.rglob("last.ckpt"))
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["rtrl_moe_pl_per_rank"]["world_size"] = 2
+    torch.save(checkpoint, path)
+    assert fit(*every, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 1
+    assert "the checkpoint was written by 2 processes, but 1 are running" in capsys.readouterr().err
