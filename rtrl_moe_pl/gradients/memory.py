@@ -90,6 +90,15 @@ class Memory:
         self.base.zero_()
         self.fresh, self.half_written = True, False
 
+    def scale_influence_(self, factor: float) -> None:
+        """P <- factor P, the state as it is; 0 forgets all influence. Any other advances P over what is pending."""
+        if factor:
+            self.sensitivity.scale_(factor)
+            return
+        if self.tail is not None:
+            self.tail.clear()
+        self.base.zero_()
+
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings. Saving leaves everything as it is."""
         self.require_whole()

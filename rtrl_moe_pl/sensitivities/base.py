@@ -87,6 +87,10 @@ class Sensitivity(ABC):
     def zero_(self) -> None:
         """Forget every influence: P = 0."""
 
+    @abstractmethod
+    def scale_(self, factor: float) -> None:
+        """Multiply every influence, P <- factor P; ``zero_`` forgets it."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -128,6 +132,9 @@ class ZeroSensitivity(Sensitivity):
         return torch.zeros((), dtype=self.dtype, device=self.device)
 
     def zero_(self) -> None:
+        return None
+
+    def scale_(self, factor: float) -> None:
         return None
 
     @property

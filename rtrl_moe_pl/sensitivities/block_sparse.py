@@ -55,6 +55,11 @@ class SlotMatrix:
         for part in self.parts.values():
             part.zero_()
 
+    def scale_(self, factor: float) -> None:
+        """Multiply P by a number."""
+        for part in self.parts.values():
+            part.mul_(factor)
+
 
 class BlockSparseSensitivity(BlockwiseSensitivity):
     """P [B, S, |theta|] of a state of slots: P[written] <- J[written, read U written] P[read U written] + M[written].

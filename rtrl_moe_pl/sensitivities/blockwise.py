@@ -35,6 +35,10 @@ class BlockMatrix(Protocol):
         """Set P to zero."""
         ...
 
+    def scale_(self, factor: float) -> None:
+        """Multiply P by a number."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Of P."""
@@ -110,6 +114,9 @@ class BlockwiseSensitivity(Sensitivity):
 
     def zero_(self) -> None:
         self._matrix.zero_()
+
+    def scale_(self, factor: float) -> None:
+        self._matrix.scale_(factor)
 
     @property
     def nbytes(self) -> int:

@@ -160,6 +160,11 @@ class LazyExpertSensitivity(Sensitivity):
         self._pending = self._kept({}, self.ring)
         self.windows = 0
 
+    def scale_(self, factor: float) -> None:
+        self._shared.scale_(factor)
+        for pool in self.pools.values():  # linear: those that are behind too, whose J's stay as they are
+            pool.values[: pool.used].mul_(factor)
+
     @property
     def nbytes(self) -> int:
         kept = [self._pending] if isinstance(self._pending, CircularSegmentTree) else self._pending

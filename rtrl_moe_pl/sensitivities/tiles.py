@@ -88,6 +88,11 @@ class TiledMatrix:
         """Set P to zero."""
         self._memory.zero_()
 
+    def scale_(self, factor: float) -> None:
+        """Multiply P by a number."""
+        for _, values in self.tiles():
+            values.mul_(factor)
+
     def read(self, block: Block) -> Tensor:
         """A block in full, [B, columns, rows, S]; a copy."""
         whole = self._memory.new_empty(self.batch_size, block.columns, block.rows, self.state_size)

@@ -218,3 +218,18 @@ def test_buffers_of_the_caller_may_be_used_again(kind: str, algorithm: Any, wind
         starting.fill_(True)
         total = {name: g + total[name] if total else g for name, g in result.grads.items()}
     assert worst_error(total, truth) <= 1e-10
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.0])
+def test_influence_is_scaled_with_what_is_pending_and_the_state_is_not(factor: float) -> None:
+    problem, algorithm = a_problem("stack"), RTRL(WINDOW, chunk=2 * WINDOW)
+    memory = algorithm.init(problem.cell, 2)
+    run(problem, algorithm, memory, 0, HALF)
+    assert memory.tail is not None
+    assert len(memory.tail) == WINDOW
+    state, dense = memory.state.clone(), copy.deepcopy(memory).sensitivity.to_dense()
+    memory.scale_influence_(factor)
+    assert torch.equal(memory.state, state)
+    assert not memory.fresh
+    found = memory.sensitivity.to_dense()
+    assert all(torch.equal(found[name], factor * p) for name, p in dense.items())

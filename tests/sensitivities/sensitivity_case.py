@@ -185,6 +185,24 @@ class SensitivityCase:
         assert_same(sensitivity.contract_and_advance(linearization), linearization.gradient())
         assert_same(sensitivity.to_dense(), fresh.to_dense())
 
+    @pytest.mark.parametrize("factor", [0.5, 0.9, -3.0])
+    def test_scaled(self, sensitivity: Sensitivity, factor: float) -> None:
+        """Every entry; what is behind, pending or never reached too, and what comes later adds to it unscaled."""
+        for linearization in (window("joint", "table"), window("scalar")):  # experts stay behind where they can
+            sensitivity.advance(linearization)
+        dense = {name: factor * p for name, p in sensitivity.to_dense().items()}
+        sensitivity.scale_(factor)
+        assert_same(sensitivity.to_dense(), dense, exactly=factor == 0.5)  # a power of two rounds nothing
+        cotangent, linearization = random(BATCH, SIZE), everything()
+        assert_same(sensitivity.vjp(cotangent), contract(dense, cotangent))
+        sensitivity.advance(linearization)
+        assert_same(sensitivity.to_dense(), self.truth(dense, linearization))
+
+    def test_scaled_by_one(self, sensitivity: Sensitivity) -> None:
+        dense = sensitivity.to_dense()
+        sensitivity.scale_(1.0)
+        assert_same(sensitivity.to_dense(), dense, exactly=True)
+
     def test_norm_and_bytes(self, sensitivity: Sensitivity) -> None:
         dense = sensitivity.to_dense()
         expected = torch.cat([p.flatten() for p in dense.values()]).norm()
