@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -26,7 +26,16 @@ import rtrl_moe_pl.reasoning  # noqa: F401
 from rtrl_moe_pl.cli.audit import audit, audit_puzzles
 from rtrl_moe_pl.cli.forecast import forecast, forecast_puzzles
 from rtrl_moe_pl.cli.messages import Maker, one_line
-from rtrl_moe_pl.modules import ManualModule, ReasoningModule, SequenceModule
+from rtrl_moe_pl.cli.summary import SaveConfig
+from rtrl_moe_pl.modules import (
+    GrowthWatch,
+    IdleWatch,
+    ManualModule,
+    ReasoningModule,
+    SequenceModule,
+    StalenessWatch,
+    UpdateSizeWatch,
+)
 from rtrl_moe_pl.modules.base import refuse_float16
 from rtrl_moe_pl.modules.pretrained import load_pretrained
 from rtrl_moe_pl.modules.puzzle_writer import PuzzleWriter
@@ -53,7 +62,7 @@ LINKS = (
     ("data.output_size", "model.init_args.readout.init_args.output_size"),
     ("data.shape", "model.init_args.shape"),
 )
-CONFIG = "rtrl_moe_pl_config"  # in a checkpoint
+WATCHES = (GrowthWatch, IdleWatch, UpdateSizeWatch, StalenessWatch)  # at most 3 % of a step together
 WITH_CHECKPOINT = ("fit", "validate", "test", "predict")
 
 
@@ -103,19 +112,6 @@ class DiagnosisTrainer(Trainer):
             )
 
 
-class SaveConfig(SaveConfigCallback):
-    """Saves config.yaml beside the logs, and nowhere if there are none; in every checkpoint, as a text."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.loggers:
-            super().setup(trainer, pl_module, stage)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # as LightningCLI itself, for any jsonargparse 4
-            checkpoint[CONFIG] = self.parser.dump(self.config, skip_none=False)
-
-
 class CommandLine(LightningCLI):
     """LightningCLI with links from data to model, checkpoints of the last and the best, and ``--ckpt_path last``."""
 
@@ -147,6 +143,12 @@ class CommandLine(LightningCLI):
             type=int | None,
             default=None,
             help="CPU threads of a tensor operation; null: torch's own.",
+        )
+        parser.add_argument(
+            "--warnings",
+            type=bool,
+            default=True,
+            help="Watch training and warn early (GrowthWatch, IdleWatch, UpdateSizeWatch, StalenessWatch).",
         )
         parser.add_class_arguments(BestCheckpoint, "checkpoint")
         parser.add_class_arguments(LastCheckpoint, "last_checkpoint")
@@ -240,6 +242,8 @@ class CommandLine(LightningCLI):
         config = self.config_init[self.config.subcommand]
         given = config.trainer.callbacks or []
         callbacks = [given] if isinstance(given, Callback) else list(given)
+        if config.warnings and self.config.subcommand == "fit":
+            callbacks += [watch() for watch in WATCHES if not any(isinstance(c, watch) for c in callbacks)]
         if config.trainer.enable_checkpointing is not False:
             callbacks += [config.checkpoint, config.last_checkpoint]
         if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

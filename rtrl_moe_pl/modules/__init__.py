@@ -9,17 +9,26 @@ from rtrl_moe_pl.modules.readouts import MLP, SlotAttention
 from rtrl_moe_pl.modules.reasoning import ReasoningModule
 from rtrl_moe_pl.modules.routing_picture import RoutingPicture, Trace
 from rtrl_moe_pl.modules.sequence import SequenceModule
+from rtrl_moe_pl.modules.watch import GrowthWatch, TrainingWarning, UpdateSizeWatch
+from rtrl_moe_pl.modules.watch_idle import IdleWatch
+from rtrl_moe_pl.modules.watch_influence import ProbeWatch, StalenessWatch
 
 __all__ = [
     "MLP",
     "ArcEvaluation",
+    "GrowthWatch",
+    "IdleWatch",
     "ManualModule",
+    "ProbeWatch",
     "PuzzlePicture",
     "ReasoningModule",
     "RoutingPicture",
     "SequenceModule",
     "SlotAttention",
+    "StalenessWatch",
     "TemperatureAnnealing",
     "Trace",
+    "TrainingWarning",
+    "UpdateSizeWatch",
     "WeightedCrossEntropy",
 ]

@@ -63,6 +63,7 @@ class ManualModule(LightningModule):
         self.gradient_clip = gradient_clip
         self.update_every = update_every
         self._figures = Stopwatch()  # of training; a subclass puts its own in its place
+        self.figures: dict[str, Any] = {}  # that were logged last, by tag
         self._sums = GradientSums()
         self._diagnosis: str | None = None
 

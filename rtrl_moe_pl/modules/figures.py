@@ -21,6 +21,15 @@ def correct(outputs: Tensor, labels: Tensor) -> Tensor:
     return (outputs.argmax(-1) == labels).to(outputs.dtype)
 
 
+def log_figures(module: Any, figures: dict[str, Any], **options: Any) -> None:
+    """Log a ManualModule's figures by tag, the loss in the progress bar too, and the next update's learning rate."""
+    rate = module.trainer.optimizers[0].param_groups[0].get("lr")  # of the first group
+    module.figures = figures if rate is None else {**figures, "train/learning_rate": float(rate)}
+    module.log_dict({tag: value for tag, value in module.figures.items() if tag != "train/loss"}, **options)
+    if "train/loss" in figures:
+        module.log("train/loss", figures["train/loss"], prog_bar=True, **options)
+
+
 class Stopwatch:
     """Seconds since it was cleared, but for pauses."""
 
@@ -42,7 +51,13 @@ class Stopwatch:
 
 
 class TrainingFigures(Stopwatch):
-    """Loss, accuracy and speed of the batches since they were last read."""
+    """Loss, accuracy and speed of the batches since they were last read.
+
+    Attributes:
+        used: what a routed cell chose in the batches that were read last, see ``add_usage``; None if nothing.
+    """
+
+    used: Routing | None = None
 
     def clear(self) -> None:
         super().clear()
@@ -80,6 +95,7 @@ class TrainingFigures(Stopwatch):
         figures |= {"train/state_norm": norms / lanes, "train/influence_norm": math.sqrt(square)}
         if weight > 0:
             figures |= {"train/loss": loss / weight, "train/accuracy": correct / weight}
+        self.used = self._used
         if self._used is not None:
             figures |= usage_figures(self._used)
         self.clear()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rtrl_moe_pl.cells.base import at_least, not_negative
 from rtrl_moe_pl.data.puzzles import PuzzleBatch, PuzzleStream
 from rtrl_moe_pl.modules.base import ManualModule
+from rtrl_moe_pl.modules.figures import log_figures
 from rtrl_moe_pl.modules.pretrained import load_pretrained
 from rtrl_moe_pl.modules.reasoning_figures import ReasoningFigures, context_figures, grad_norms
 from rtrl_moe_pl.reasoning.carry import Carry, Halting
@@ -171,7 +172,6 @@ class ReasoningModule(ManualModule):
         self._figures.add(made, loss, total.detach(), reached, halted)
         if self.logs_now():
             figures, steps = self._figures.read()
-            loss_figure = figures.pop("train/loss", None)
             context, identity = (  # of all ranks' lanes, so that rules are as large a group as in one process
                 self.all_gather(of.detach()).reshape(-1, *of.shape[1:])  # type: ignore[union-attr]
                 for of in (made.context, carry.puzzles.identity)
@@ -179,9 +179,7 @@ class ReasoningModule(ManualModule):
             values: dict[str, Any] = {**figures, **context_figures(context, identity)}
             if update is not None and update.stepped:
                 values |= grad_norms(self, update.grad_norm)
-            self.log_dict(values, batch_size=1)
-            if loss_figure is not None:
-                self.log("train/loss", loss_figure, prog_bar=True, batch_size=1)
+            log_figures(self, values, batch_size=1)
             log_histogram(self.trainer, "train/steps_at_halt", steps)
 
     def _renewed(self, stream: PuzzleStream) -> Carry:

@@ -15,7 +15,7 @@ from rtrl_moe_pl.gradients import GradientAlgorithm, Memory
 from rtrl_moe_pl.gradients.base import require_cell
 from rtrl_moe_pl.modules.base import ManualModule
 from rtrl_moe_pl.modules.evaluation import evaluate, go_on
-from rtrl_moe_pl.modules.figures import EvaluationFigures, TrainingFigures, correct
+from rtrl_moe_pl.modules.figures import EvaluationFigures, TrainingFigures, correct, log_figures
 from rtrl_moe_pl.modules.losses import WeightedCrossEntropy
 from rtrl_moe_pl.training import sum_over_ranks
 from rtrl_moe_pl.training.failure import first_bad
@@ -123,10 +123,17 @@ class SequenceModule(ManualModule):
             figures = self._figures.read(state_norms, result.memory.base.norm())
             if update is not None and update.stepped:
                 figures["train/grad_norm"] = update.grad_norm
-            loss = figures.pop("train/loss", None)
-            self.log_dict(figures)
-            if loss is not None:
-                self.log("train/loss", loss, prog_bar=True)
+            log_figures(self, figures)
+
+    @property
+    def memory(self) -> Memory | None:
+        """What training carries on; None before the first batch."""
+        return self._memory
+
+    @property
+    def used(self) -> Routing | None:
+        """How often each slot was read [S] and written [S] and each expert chosen [E], behind the latest figures."""
+        return self._figures.used
 
     def _memory_for(self, inputs: Tensor, starts: Tensor | None) -> Memory:
         """The carry for a batch: the one kept, or a fresh one if every lane starts at column 0 (no starts: it does)."""

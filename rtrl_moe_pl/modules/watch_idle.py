@@ -1,0 +1,90 @@
+"""What takes no part in training: parameters, units, slots and experts."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from rtrl_moe_pl.cells import RoutedCell
+from rtrl_moe_pl.cells.base import at_least, not_negative
+from rtrl_moe_pl.modules.watch import Watch, some
+
+
+class IdleWatch(Watch):
+    """Warns of what was idle at each of the last ``looks`` looks; once of every kind, with the names.
+
+    A parameter is idle if all of its gradient was zero, or it has none, in the last update; a unit of the state if its
+    value was the same at all of these looks and in all lanes of this process, to within ``tolerance`` (a dead ReLU, a
+    saturated tanh); a slot or an expert of a routed cell (whose units are not looked at one by one) if no lane of any
+    process wrote or used it in any batch between the looks. Frozen parameters are left alone.
+
+    Args:
+        looks: at least 1.
+        tolerance: largest difference of values that count as the same.
+
+    Raises:
+        TypeError, ValueError: for an option out of range.
+    """
+
+    def __init__(self, looks: int = 10, tolerance: float = 1e-4) -> None:
+        self.looks, self.tolerance = at_least(1, "looks", looks), not_negative("tolerance", tolerance)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._idle: dict[str, int] = {}  # for how many looks, by kind and name
+        self._ranges: deque[Tensor] = deque(maxlen=self.looks)  # [2, S]: smallest and largest over lanes
+
+    def look(self, trainer: Trainer, module: Any) -> None:
+        if trainer.global_step > self.step_seen:
+            trained = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+            seen = {name: grad.any() for name, grad in trained.items() if grad is not None}
+            active = dict(zip(seen, torch.stack(list(seen.values())).tolist(), strict=True)) if seen else {}
+            self._count(trainer, "parameters", [(name, active.get(name, False)) for name in trained])
+        memory, used = getattr(module, "memory", None), getattr(module, "used", None)
+        if used is not None:
+            self._count(trainer, "slots", enumerate(used.written.tolist()))
+            self._count(trainer, "experts", enumerate(used.experts.tolist()))
+        if memory is not None and not isinstance(module.cell, RoutedCell):
+            self._ranges.append(torch.stack(memory.state.aminmax(dim=0)))
+            if len(self._ranges) == self.looks:
+                low, high = torch.stack(list(self._ranges)).unbind(1)  # [looks, S] each
+                dead = high.amax(0) - low.amin(0) <= self.tolerance
+                self._warn(trainer, "units", dead.nonzero().flatten().tolist(), memory.state.shape[1])
+
+    def _count(self, trainer: Trainer, kind: str, active: Any) -> None:
+        """Count looks without activity; ``active``: pairs of a name and whether, or how often, it was."""
+        names, total = [], 0
+        for name, seen in active:
+            key, total = f"{kind} {name}", total + 1
+            self._idle[key] = 0 if seen else self._idle.get(key, 0) + 1
+            if self._idle[key] >= self.looks:
+                names.append(name)
+        self._warn(trainer, kind, names, total)
+
+    def _warn(self, trainer: Trainer, kind: str, names: list[Any], total: int) -> None:
+        if names:
+            what, advice = _SAYS[kind]
+            self.warn(
+                trainer,
+                kind,
+                f"{len(names)} of {total} {kind} {what} at {self.looks} looks in a row ({some(names)}): {advice}",
+            )
+
+
+_SAYS = {
+    "parameters": (
+        "had no gradient",
+        "check that the loss depends on them (audit names the path of each), freeze them, or take them out",
+    ),
+    "units": (
+        "of the state did not change, in any lane,",
+        "they are dead or saturated; try a smaller learning rate, smaller initial weights, a cell with gates or tanh "
+        "instead of ReLU, or a smaller state",
+    ),
+    "slots": ("were not written", "try a larger slot_balance_rate of the cell, more write_slots, or fewer slots"),
+    "experts": ("were not used", "try a larger balance_rate of the cell, more active_experts, or fewer experts"),
+}
