@@ -12,6 +12,8 @@ from rtrl_moe_pl.gradients import RTRL
 from rtrl_moe_pl.modules import SequenceModule, WeightedCrossEntropy
 from rtrl_moe_pl.training import NumericalFailure
 from tests.modules.helpers import data, module, trainer
+from tests.modules.reasoning_helpers import data as reasoning_data
+from tests.modules.reasoning_helpers import module as reasoning_module
 
 
 class BadInputs(AnBnDataModule):
@@ -128,3 +130,48 @@ def test_a_bad_carry_is_never_saved(tmp_path: Path) -> None:
     with pytest.raises(NumericalFailure, match="state holds 0 NaN and 1 infinite"):
         run.save_checkpoint(tmp_path / "bad.ckpt")
     assert not (tmp_path / "bad.ckpt").exists()
+
+
+class NaNIn(Callback):
+    """NaN in the weights or the gradient of a parameter after the second batch."""
+
+    def __init__(self, name: str, what: str) -> None:
+        self.name, self.what = name, what
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        parameter = pl_module.get_parameter(self.name)
+        if batch_idx == 1 and self.what == "weights":
+            with torch.no_grad():
+                parameter.fill_(float("nan"))
+        elif batch_idx == 1:
+            parameter.register_hook(lambda grad: grad * float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "message"),
+    [
+        ("cell.recurrent.weight", "weights", "state holds"),
+        ("readout.weight", "weights", "outputs holds"),
+        ("readout.weight", "gradient", r"gradient of readout\.weight holds 10 NaN"),
+    ],
+)
+def test_nan_in_a_sequence_module(tmp_path: Path, name: str, what: str, message: str) -> None:
+    with pytest.raises(NumericalFailure, match=f"^training stopped at step 2: {message}"):
+        fit(tmp_path, callbacks=[NaNIn(name, what)])
+
+
+@pytest.mark.parametrize(
+    ("part", "what", "message"),
+    [
+        ("encoder", "weights", "context holds"),
+        ("decoder", "weights", "state holds"),
+        ("encoder", "gradient", "gradient of encoder"),
+        ("decoder", "gradient", "gradient of decoder"),
+    ],
+)
+def test_nan_in_a_reasoning_module(tmp_path: Path, part: str, what: str, message: str) -> None:
+    """Its data are integers, which cannot be NaN."""
+    model = reasoning_module()
+    name = next(name for name, p in model.named_parameters() if name.startswith(part) and p.ndim == 2)
+    with pytest.raises(NumericalFailure, match=f"^training stopped at step 2: {message}"):
+        trainer(tmp_path, callbacks=[NaNIn(name, what)]).fit(model, datamodule=reasoning_data())
