@@ -183,6 +183,11 @@ class WrongRTRL(RTRL):
     [
         ('{"class_path": "RTRL", "init_args": {"window": 7}}', 0, "verdict: exact"),
         ('{"class_path": "TBPTT", "init_args": {"window": 7}}', 0, "verdict: approximate, as it claims"),
+        (
+            '{"class_path": "RTRL", "init_args": {"window": 7, "chunk": 7, "influence_dtype": "bfloat16"}}',
+            0,
+            "verdict: approximate, as it claims (it rounds the influence to bfloat16)",
+        ),
         ('{"class_path": "tests.test_cli.WrongRTRL", "init_args": {"window": 7}}', 1, "verdict: OFF"),
     ],
 )

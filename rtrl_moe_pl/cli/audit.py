@@ -61,7 +61,9 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
     )
     print_time(columns * seconds_per_step(model, model.gradient, delivered), lanes * columns, "token", model, trainer)
     verdict = "exact" if report.exact and report.passed else "OFF, though it claims to be exact"
-    print(f"verdict: {verdict if report.exact else 'approximate, as it claims'}")
+    rounded = getattr(model.gradient, "influence_dtype", None)
+    why = f" (it rounds the influence to {rounded})" if rounded else ""
+    print(f"verdict: {verdict if report.exact else f'approximate, as it claims{why}'}")
     return report.passed
 
 

@@ -45,7 +45,7 @@ class GradientAlgorithm(ABC):
         window: steps differentiated in reverse at a time; None for everything that is delivered.
     """
 
-    exact: ClassVar[bool]
+    exact: bool
     carries_influence: ClassVar[bool] = False
 
     def __init__(self, window: int | None = None) -> None:

@@ -160,12 +160,19 @@ def recurrent_parameters(cell: nn.Module) -> dict[str, nn.Parameter]:
     return {f"cell.{name}": p for name, p in cell.named_parameters()}
 
 
-def forecast_influence(cell: nn.Module, batch_size: int, itemsize: int, steps: int) -> Forecast:
-    """Forecast for a dense influence matrix advanced over windows of ``steps`` steps."""
+def forecast_influence(
+    cell: nn.Module, batch_size: int, itemsize: int, steps: int, kept_itemsize: int | None = None
+) -> Forecast:
+    """Forecast for a dense influence matrix advanced over windows of ``steps`` steps.
+
+    Args:
+        itemsize: bytes of a number that is computed with.
+        kept_itemsize: of one of P, if that is another.
+    """
     parameters = [p for p in cell.parameters() if p.requires_grad]
     size = int(getattr(cell, "state_size", 0))
     count = sum(p.numel() for p in parameters)
-    influence = batch_size * size * count * itemsize
+    influence = batch_size * size * count * (kept_itemsize or itemsize)
     rows = max((p.shape[0] for p in parameters if p.ndim == 2), default=size)
     numbers = steps * (2 * batch_size * size + rows) * size  # cotangents of the states, ds'/ds, and a tile's cotangents
     workspace = numbers * itemsize

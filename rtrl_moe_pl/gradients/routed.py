@@ -36,8 +36,8 @@ class BlockRTRL(RTRL):
     because the slot did. Over a chunk of steps the rows are those of all slots written in it.
 
     Args:
-        window, chunk: see ``RTRL``; a chunk by default is as long as is about the cheapest, and as its derivatives
-            fit into 256 MiB, but at least 8 steps.
+        window, chunk, influence_dtype: see ``RTRL``; a chunk by default is as long as is about the cheapest, and as its
+            derivatives fit into 256 MiB, but at least 8 steps.
 
     Cost: with R, W slots of d numbers read and written, S = slots d in all and c = chunk, a step and lane, about
         S W d (R + W) d for the way back, S' |theta| for M and S' S |theta| / c for J P, S' <= S the rows written in a
@@ -81,7 +81,7 @@ class BlockRTRL(RTRL):
     def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
         assert isinstance(cell, RoutedCell)
         chunk = min(self.chunk_for(cell, batch_size=batch_size), steps)
-        dense = forecast_influence(cell, batch_size, dtype.itemsize, chunk)
+        dense = forecast_influence(cell, batch_size, dtype.itemsize, chunk, (self.storage or dtype).itemsize)
         workspace = chunk * batch_size * dtype.itemsize * (_kept_numbers(cell) + _written(cell) * cell.state_size)
         return Forecast(dense.influence_bytes, workspace, dense.operations_per_token)
 
@@ -92,7 +92,7 @@ class BlockRTRL(RTRL):
     def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
         assert isinstance(cell, RoutedCell)
         sizes = shapes, state.shape[0], state.shape[1], state.dtype, state.device
-        return BlockSparseSensitivity(*sizes, slot_size=cell.slot_size)
+        return BlockSparseSensitivity(*sizes, slot_size=cell.slot_size, storage=self.storage)
 
 
 class LazyExpertRTRL(BlockRTRL):
@@ -103,7 +103,7 @@ class LazyExpertRTRL(BlockRTRL):
     own experts. An expert that a lane never used costs nothing.
 
     Args:
-        window, chunk: see ``BlockRTRL``.
+        window, chunk, influence_dtype: see ``BlockRTRL``.
         ring: chunks whose J is kept, at least 2; an expert idle for longer catches up.
         catch_up: "walk": each expert when it must, by the product of the J's it missed; one walk back through them
             finds the products for all. "tree": the same, the products from a ``CircularSegmentTree``: for long rings.
@@ -122,8 +122,9 @@ class LazyExpertRTRL(BlockRTRL):
         ring: int = 16,
         chunk: int | None = None,
         catch_up: Literal["walk", "tree", "block"] = "walk",
+        influence_dtype: Literal["bfloat16"] | None = None,
     ) -> None:
-        super().__init__(window, chunk)
+        super().__init__(window, chunk, influence_dtype)
         if catch_up not in ("walk", "tree", "block"):
             raise ValueError(f"catch_up must be 'walk', 'tree' or 'block', got {catch_up!r}")
         self.ring, self.catch_up = at_least(2, "ring", ring), catch_up
@@ -143,7 +144,7 @@ class LazyExpertRTRL(BlockRTRL):
         assert isinstance(cell, RoutedCell)
         sizes = shapes, state.shape[0], state.shape[1], state.dtype, state.device
         ring, tree = 0 if self.catch_up == "block" else self.ring, self.catch_up == "tree"
-        return LazyExpertSensitivity(*sizes, slot_size=cell.slot_size, ring=ring, tree=tree)
+        return LazyExpertSensitivity(*sizes, slot_size=cell.slot_size, ring=ring, tree=tree, storage=self.storage)
 
     def _require_room(self, cell: nn.Module, state: Tensor) -> None:
         kept, free = self._ring_bytes(len(state), state.shape[1], state.dtype), free_memory(state.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -65,26 +67,42 @@ class RTRL(GradientAlgorithm):
         chunk: steps after which the influence matrix is advanced; until then a window's loss is also pulled back
             through the windows since the last advance, as they were differentiated. Any length gives the same
             gradient; a longer window is cut, at no loss. None: about the cheapest (``cheapest_chunk``).
+        influence_dtype: "bfloat16" keeps P in half the bytes: computed in the state's type, rounded to 8 bits when an
+            advance writes it. None: in the state's type.
 
     Cost: with c = chunk, a step and lane, S |theta| (1 + S / c) + S^3 multiply-adds beside the forward pass, and a
         window (S^2 + |theta|) c / 2 and a pass over P; memory B S |theta| for the influence and about 2 B c S^2 for a
         chunk, whatever the length of the sequence.
     Exact: equals BPTT over the whole sequence while parameters are fixed, for any cell. With an update after every
-        window it is the gradient for an offset shared by all past parameters, their increments frozen.
+        window it is the gradient for an offset shared by all past parameters, their increments frozen. With
+        ``influence_dtype`` approximate: what comes through P has a relative error of about 2^-9 an advance.
     Not recommended: for sequences that fit in memory (BPTT is cheaper), or large dense states (S above about 256).
     References: Williams & Zipser 1989, Neural Computation 1(2):270-280; Schmidhuber 1992, Neural Computation
         4(2):243-248.
     """
 
-    exact = True
     carries_influence = True
 
-    def __init__(self, window: int, chunk: int | None = None) -> None:
+    def __init__(
+        self, window: int, chunk: int | None = None, influence_dtype: Literal["bfloat16"] | None = None
+    ) -> None:
         super().__init__(checked_window(window))
         self.chunk = None if chunk is None else checked_window(chunk, "chunk")
+        if influence_dtype not in (None, "bfloat16"):
+            raise ValueError(
+                f"influence_dtype must be 'bfloat16', or None for the state's own type, got {influence_dtype!r}"
+            )
+        self.influence_dtype = influence_dtype
+        self.exact = influence_dtype is None
+
+    @property
+    def storage(self) -> torch.dtype | None:
+        """Type that P is kept in; None: the state's."""
+        return None if self.influence_dtype is None else getattr(torch, self.influence_dtype)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(window={self.window}{'' if self.chunk is None else f', chunk={self.chunk}'})"
+        given = {"window": self.window, "chunk": self.chunk, "influence_dtype": self.influence_dtype}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in given.items() if v is not None)})"
 
     def chunk_for(self, cell: nn.Module, is_sparse: bool | None = True, batch_size: int = 1) -> int:
         """Steps between two advances of P for this cell and batch; see ``cheapest_chunk``."""
@@ -103,7 +121,7 @@ class RTRL(GradientAlgorithm):
         return Linearizer(cell, parameters)
 
     def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
-        return DenseSensitivity(shapes, state.shape[0], state.shape[1], state.dtype, state.device)
+        return DenseSensitivity(shapes, *state.shape, state.dtype, state.device, storage=self.storage)
 
     def _require_room(self, cell: nn.Module, state: Tensor) -> None:
         batch, size = state.shape
@@ -125,9 +143,8 @@ class RTRL(GradientAlgorithm):
             )
 
     def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
-        return forecast_influence(
-            cell, batch_size, dtype.itemsize, min(self.chunk_for(cell, batch_size=batch_size), steps)
-        )
+        steps = min(self.chunk_for(cell, batch_size=batch_size), steps)
+        return forecast_influence(cell, batch_size, dtype.itemsize, steps, (self.storage or dtype).itemsize)
 
     @torch.no_grad()
     def step(

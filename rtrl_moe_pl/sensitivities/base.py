@@ -23,7 +23,7 @@ class Sensitivity(ABC):
         dtype, device: of the numbers kept.
     """
 
-    exact: ClassVar[bool]
+    exact: bool
     algorithm: ClassVar[str]  # whose representation it is, for people
 
     def __init__(

@@ -12,6 +12,7 @@ from rtrl_moe_pl.cells.routed import take_slots
 from rtrl_moe_pl.linearization import Block, WindowLinearization
 from rtrl_moe_pl.linearization.window import copy_flushed
 from rtrl_moe_pl.sensitivities.blockwise import BlockwiseSensitivity
+from rtrl_moe_pl.sensitivities.tiles import norm
 
 
 class SlotMatrix:
@@ -48,7 +49,7 @@ class SlotMatrix:
 
     def norms(self) -> list[Tensor]:
         """Of the blocks, 0-dim each."""
-        return [torch.linalg.vector_norm(part) for part in self.parts.values()]
+        return [norm(part) for part in self.parts.values()]
 
     def zero_(self) -> None:
         """Set P to zero."""
@@ -72,7 +73,7 @@ class BlockSparseSensitivity(BlockwiseSensitivity):
     Cost: of a window in which U slots are written and V read or written, (U d) (V d) |theta| for J P and
         k (U d) |theta| for M; memory B S |theta|.
     Exact: as far as slots that are not written stay exactly as they are, which the cell promises and every window
-        is checked for.
+        is checked for; but for rounding where ``storage`` is narrower than ``dtype``.
     References: Menick et al. 2021, arXiv:2006.07232 (sparsity in RTRL); here the sparsity is the cell's own.
     """
 
@@ -85,7 +86,7 @@ class BlockSparseSensitivity(BlockwiseSensitivity):
         super().__init__(*args, **kwargs)
 
     def _empty(self, blocks: Iterable[Block]) -> SlotMatrix:
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        like = torch.empty(0, dtype=self.storage, device=self.device)
         return SlotMatrix(blocks, self.batch_size, self.state_size, like)
 
     def vjp(self, cotangent: Tensor) -> dict[str, Tensor]:
@@ -111,6 +112,11 @@ class BlockSparseSensitivity(BlockwiseSensitivity):
 
 def contracted(cotangent: Tensor, part: Tensor) -> Tensor:
     """sum_b cotangent[b] part[b]: [p] from [B, S] and [B, S, p]."""
+    if part.dtype != cotangent.dtype:  # a lane at a time: P is never there in full in the wider type
+        found = cotangent.new_zeros(part.shape[2])
+        for row, lane in zip(cotangent, part, strict=True):
+            found += torch.mv(lane.to(row.dtype).T, row)
+        return found
     return torch.mv(part.flatten(0, 1).T, cotangent.flatten())
 
 
@@ -120,11 +126,12 @@ def advanced_rows(linearization: WindowLinearization, part: Tensor, slot_size: i
     if linearization.sources is not None:
         part = _take(part, linearization.sources, slot_size)
         back = _take(back, linearization.sources, slot_size)
-    return torch.bmm(back.transpose(1, 2), part)
+    return torch.bmm(back.transpose(1, 2), part.to(back.dtype))
 
 
 def put_rows(linearization: WindowLinearization, part: Tensor, new: Tensor, slot_size: int) -> Tensor:
     """P with new values of those slots, in place where it can be."""
+    new = new.to(part.dtype)
     if linearization.ends is None:
         return new
     slots = part.unflatten(1, (-1, slot_size)).flatten(2)  # [B, slots, d p]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -46,12 +47,19 @@ class BlockMatrix(Protocol):
 
 
 class BlockwiseSensitivity(Sensitivity):
-    """P kept in blocks; one is allocated when a parameter of it is first reached, and costs nothing until then."""
+    """P kept in blocks; one is allocated when a parameter of it is first reached, and costs nothing until then.
+
+    Args:
+        storage: type that P is kept in, by default ``dtype``. All is computed in ``dtype``; a narrower type rounds what
+            is written, which is then no longer exact.
+    """
 
     exact = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, storage: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.storage = storage or self.dtype
+        self.exact = self.storage == self.dtype
         self._matrix = self._empty(())
 
     @abstractmethod
@@ -94,14 +102,14 @@ class BlockwiseSensitivity(Sensitivity):
                 self._matrix.write(block, whole)
 
     def _held(self) -> dict[str, Tensor]:
-        """P of what has been reached, [B, S, *shape] each; copies."""
+        """P of what has been reached, [B, S, *shape] each, as stored; copies."""
         held: dict[str, Tensor] = {}
         for block in self._matrix.blocks:
             held |= block.split(self._matrix.read(block).permute(0, 3, 1, 2), self.shapes)
         return held
 
     def to_dense(self) -> dict[str, Tensor]:
-        held = self._held()
+        held = {name: p.to(self.dtype) for name, p in self._held().items()}
         for name, shape in self.shapes.items():
             if name not in held:
                 size = (self.batch_size, self.state_size, *shape)
@@ -126,6 +134,7 @@ class BlockwiseSensitivity(Sensitivity):
         return {name: p.contiguous() for name, p in self._held().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave; that of another type is converted, with a warning."""
         super().load_state_dict(state)
         for name, value in state.items():
             expected = (self.batch_size, self.state_size, *self.shapes[name])
@@ -134,5 +143,9 @@ class BlockwiseSensitivity(Sensitivity):
                     f"the saved influence of {name} has shape {tuple(value.shape)}, this run needs {expected}: "
                     "resume with the batch size and the model it was saved with"
                 )
-        held = {name: value.to(self.device, self.dtype) for name, value in state.items()}
+        kept = next((value.dtype for value in state.values()), self.storage)
+        if kept != self.storage:
+            names = (str(dtype).removeprefix("torch.") for dtype in (kept, self.storage))
+            warnings.warn("the saved influence is kept in {}, this run's in {}: converted".format(*names), stacklevel=2)
+        held = {name: value.to(self.device, self.storage) for name, value in state.items()}
         self._fill([Block.alone(name, self.shapes[name]) for name in held], held)

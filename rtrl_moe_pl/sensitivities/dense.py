@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rtrl_moe_pl.linearization import Block, WindowLinearization
 from rtrl_moe_pl.linearization.window import copy_flushed
+from rtrl_moe_pl.linearization.workspace import Workspace
 from rtrl_moe_pl.sensitivities.blockwise import BlockwiseSensitivity
 from rtrl_moe_pl.sensitivities.tiles import Tile, TiledMatrix
 
@@ -27,7 +29,7 @@ class DenseSensitivity(BlockwiseSensitivity):
     costs nothing.
 
     Cost: S^2 |theta| a window for J P, k S |theta| for M; memory B S |theta|, plus one tile.
-    Exact: equals BPTT while parameters are fixed.
+    Exact: equals BPTT while parameters are fixed; but for rounding where ``storage`` is narrower than ``dtype``.
     References: Williams & Zipser 1989, Neural Computation 1(2):270-280; Schmidhuber 1992, Neural Computation
     4(2):243-248 (windows).
     """
@@ -36,10 +38,14 @@ class DenseSensitivity(BlockwiseSensitivity):
 
     algorithm = "RTRL"
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._workspace = Workspace()  # of a tile in ``dtype``, where P is kept in another type
+
     def vjp(self, cotangent: Tensor) -> dict[str, Tensor]:
         totals = self._totals()
         for tile, values in self._matrix.tiles():
-            self._contract(tile, values, cotangent, totals)
+            self._contract(tile, self._widened(values), cotangent, totals)
         return self._split(totals)
 
     def advance(self, linearization: WindowLinearization) -> None:
@@ -58,17 +64,28 @@ class DenseSensitivity(BlockwiseSensitivity):
         self._require_lanes(linearization)
         self._cover(linearization.terms)
         totals = self._totals()
-        for tile, old, new in self._matrix.moves():
+        for tile, held, place in self._matrix.moves():
             here = slice(tile.lane, tile.lane + tile.lanes)
+            old = self._widened(held)
+            new = place if self.exact else self._workspace.empty("new", place.shape, transition)
             copy_flushed(old, old)
             self._contract(tile, old, cotangent, totals)
             torch.bmm(old.flatten(1, 2), transition[here], out=new.flatten(1, 2))
             for term in linearization.terms.get(tile.block, []):
                 term.add_to(new, tile.lane, tile.row)
+            if new is not place:
+                place.copy_(new)  # rounds
         for block, terms in linearization.terms.items():
             for term in terms:
                 term.add_gradient(totals[block])
         return self._split(totals)
+
+    def _widened(self, held: Tensor) -> Tensor:
+        """A tile in ``dtype``: itself, or a copy that lasts until the next one."""
+        if self.exact:
+            return held
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return self._workspace.empty("old", held.shape, like).copy_(held)
 
     @staticmethod
     def _contract(tile: Tile, values: Tensor, cotangent: Tensor, totals: dict[Block, Tensor]) -> None:
@@ -93,5 +110,6 @@ class DenseSensitivity(BlockwiseSensitivity):
 
     def _empty(self, blocks: Iterable[Block]) -> TiledMatrix:
         tile_bytes = GPU_TILE_BYTES if self.device.type == "cuda" else CPU_TILE_BYTES
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        like = torch.empty(0, dtype=self.storage, device=self.device)
+        tile_bytes = tile_bytes * self.storage.itemsize // self.dtype.itemsize  # as it is worked on
         return TiledMatrix(tuple(blocks), self.batch_size, self.state_size, tile_bytes, like)

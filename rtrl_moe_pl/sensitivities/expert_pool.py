@@ -22,14 +22,18 @@ class ExpertPool:
     Args:
         block: of banks.
         batch_size, state_size: B, S.
-        like: gives type and device.
+        like: gives device, and the type that is computed in.
+        storage: type that P is kept in.
     """
 
-    def __init__(self, block: Block, batch_size: int, state_size: int, like: Tensor) -> None:
+    def __init__(
+        self, block: Block, batch_size: int, state_size: int, like: Tensor, storage: torch.dtype | None = None
+    ) -> None:
         self.block, self.batch_size = block, batch_size
         self.columns = block.columns // block.experts
         pairs = batch_size * block.experts
-        self.values = like.new_empty(pairs, state_size, block.rows * self.columns)
+        self.dtype = like.dtype
+        self.values = like.new_empty(pairs, state_size, block.rows * self.columns, dtype=storage)
         self.row_of = torch.full((pairs,), -1, device=like.device)  # by lane * E + expert; -1: P is zero
         self.pair_of = torch.full((pairs,), -1, device=like.device)  # by row; -1: free
         self.since = torch.zeros(pairs, dtype=torch.long, device=like.device)  # by row: windows that P covers
@@ -76,7 +80,7 @@ class ExpertPool:
         lanes = self.pair_of[rows] // self.block.experts
         count = max(1, TILE_BYTES // (self.values[0].nbytes))
         for here in torch.arange(len(rows), device=rows.device).split(count):
-            tile = self.values[rows[here]]
+            tile = self.values[rows[here]].to(self.dtype)
             copy_flushed(tile, tile)
             yield rows[here], torch.bmm(products[lanes[here], which[here]], tile)
 
@@ -89,7 +93,7 @@ class ExpertPool:
         self.values[rows] = 0.0
         self.used = max(self.used, int(rows.max()) + 1) if len(rows) else self.used
         for group, sums in term.pair_sums():  # [g, S, rows columns]
-            here = pairs[group]
+            here, sums = pairs[group], sums.to(self.values.dtype)
             rows = self.row_of[here]
             if ends is None:
                 self.values.index_add_(0, rows, sums)
@@ -105,7 +109,7 @@ class ExpertPool:
             cotangents: [A, B, S], of the state as it was 0, 1, .. windows ago.
             windows: the number up to now.
         """
-        total = self.values.new_zeros(self.block.experts, self.values.shape[2])
+        total = cotangents.new_zeros(self.block.experts, self.values.shape[2])
         rows = self.live()
         pairs = self.pair_of[rows]
         left = cotangents[windows - self.since[rows], pairs // self.block.experts]  # [R, S]
@@ -113,7 +117,11 @@ class ExpertPool:
         if len(rows) < self.used:
             left = left.new_zeros(self.used, left.shape[1]).index_copy_(0, rows, left)
             pairs = self.pair_of[: self.used].clamp(min=0)
-        total.index_add_(0, pairs % self.block.experts, torch.bmm(left[:, None], values)[:, 0])
+        # all at once; some at a time in another type, of which there is never a whole copy
+        count = len(values) if values.dtype == self.dtype else TILE_BYTES // self.values[0].nbytes
+        parts = (part.split(max(1, count)) for part in (left, values, pairs % self.block.experts))
+        for row, value, expert in zip(*parts, strict=True):
+            total.index_add_(0, expert, torch.bmm(row[:, None], value.to(self.dtype))[:, 0])
         by_expert = total.unflatten(1, (self.block.rows, self.columns))
         return by_expert.transpose(1, 2).flatten(0, 1)
 
@@ -132,9 +140,14 @@ class ExpertPool:
 
     @staticmethod
     def restored(
-        state: dict[str, Any], batch_size: int, state_size: int, shapes: Mapping[str, torch.Size], like: Tensor
+        state: dict[str, Any],
+        batch_size: int,
+        state_size: int,
+        shapes: Mapping[str, torch.Size],
+        like: Tensor,
+        storage: torch.dtype | None = None,
     ) -> ExpertPool:
-        """The pool that ``state_dict`` was of.
+        """The pool that ``state_dict`` was of; values of another type are converted.
 
         Raises:
             ValueError: if it is of another cell, or another batch.
@@ -150,7 +163,7 @@ class ExpertPool:
                     "resume with the model it was saved with"
                 )
         pool = ExpertPool(
-            Block(state["rows"], state["columns"], members, state["experts"]), batch_size, state_size, like
+            Block(state["rows"], state["columns"], members, state["experts"]), batch_size, state_size, like, storage
         )
         values, used = state["values"], len(state["values"])
         if values.shape[1:] != pool.values.shape[1:] or used > len(pool.values):

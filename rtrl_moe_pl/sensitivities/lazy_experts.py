@@ -29,6 +29,7 @@ class LazyExpertSensitivity(Sensitivity):
 
     Args:
         slot_size: d; the state is [S / d, d].
+        storage: type that P is kept in, by default ``dtype``; what is kept of J is in ``dtype``.
         ring: windows whose J is kept; 0: every pair catches up with every window.
         tree: the products J .. J come from a ``CircularSegmentTree``, and not from a walk back through the J's, which
             finds all of them on its way.
@@ -36,16 +37,19 @@ class LazyExpertSensitivity(Sensitivity):
     Cost: of a window and lane, S^2 |theta_e| for every pair that was used, or whose time is up, and for their products
         S^3 a J of the longest (tree: about 2 log ring each, and log ring a window); S^2 a J to contract. Memory that of
         P for the pairs ever used (on a GPU: for all), and ring B S^2 (tree: 2 to 4 times that).
-    Exact: equals BPTT while parameters are fixed.
+    Exact: equals BPTT while parameters are fixed; but for rounding where ``storage`` is narrower than ``dtype``.
     """
 
     exact = True
     algorithm = "LazyExpertRTRL"
 
-    def __init__(self, *args: Any, slot_size: int, ring: int, tree: bool = False) -> None:
+    def __init__(
+        self, *args: Any, slot_size: int, ring: int, tree: bool = False, storage: torch.dtype | None = None
+    ) -> None:
         super().__init__(*args)
         self.ring, self.slot_size, self.tree = ring, slot_size, tree
-        self._shared = BlockSparseSensitivity(*args, slot_size=slot_size)
+        self._shared = BlockSparseSensitivity(*args, slot_size=slot_size, storage=storage)
+        self.storage, self.exact = self._shared.storage, self._shared.exact
         self.pools: dict[Block, ExpertPool] = {}
         self._eye = torch.eye(self.state_size, dtype=self.dtype, device=self.device)
         self._pending = self._kept({}, ring)  # J's [B, S, S], the oldest first
@@ -82,7 +86,7 @@ class LazyExpertSensitivity(Sensitivity):
         jacobian = linearization.whole_transition(self.slot_size).transpose(1, 2).contiguous()  # [B, S, S]
         emptied = ~jacobian.flatten(1).any(1)  # lanes [B] that started
         for block in experts.keys() - self.pools.keys():
-            self.pools[block] = ExpertPool(block, self.batch_size, self.state_size, jacobian)
+            self.pools[block] = ExpertPool(block, self.batch_size, self.state_size, jacobian, self.storage)
         for block, pool in self.pools.items():
             pool.drop(emptied)
             terms = experts.get(block, [])
@@ -96,7 +100,7 @@ class LazyExpertSensitivity(Sensitivity):
     def _catch_up(self, pool: ExpertPool, rows: Tensor, jacobian: Tensor | None = None) -> None:
         """Bring these rows up to now, or to the end of the window of that J."""
         for here, values in self._caught_up(pool, rows, jacobian):
-            pool.values[here] = values
+            pool.values[here] = values.to(self.storage)
         pool.since[rows] = self.windows + (jacobian is not None)
 
     def _caught_up(
@@ -137,7 +141,7 @@ class LazyExpertSensitivity(Sensitivity):
         dense = self._shared.to_dense()
         for block, pool in self.pools.items():
             shape = self.batch_size, block.experts, self.state_size, block.rows, pool.columns
-            whole = pool.values.new_zeros(shape).flatten(0, 1)
+            whole = self._eye.new_zeros(shape).flatten(0, 1)
             for rows, values in self._caught_up(pool, pool.live()):
                 whole[pool.pair_of[rows]] = values.unflatten(2, shape[3:])
             parts = whole.unflatten(0, shape[:2]).permute(0, 2, 1, 4, 3).flatten(2, 3)
@@ -191,7 +195,7 @@ class LazyExpertSensitivity(Sensitivity):
                 "the saved influence is not one of lazy experts: resume with the algorithm it was saved with"
             )
         pools = [
-            ExpertPool.restored(saved, self.batch_size, self.state_size, self.shapes, self._eye)
+            ExpertPool.restored(saved, self.batch_size, self.state_size, self.shapes, self._eye, self.storage)
             for saved in state["pools"]
         ]
         self._shared.load_state_dict(state["shared"])

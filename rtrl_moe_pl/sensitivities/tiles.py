@@ -27,6 +27,11 @@ class Tile:
     offset: int  # numbers before it
 
 
+def norm(values: Tensor) -> Tensor:
+    """Frobenius norm, summed in float32 at least: 0-dim."""
+    return torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
 class TiledMatrix:
     """P of some blocks, ``[B, columns, rows, S]`` each, in one piece of memory, cut into tiles.
 
@@ -82,7 +87,7 @@ class TiledMatrix:
 
     def norms(self) -> list[Tensor]:
         """Of the tiles, 0-dim each."""
-        return [torch.linalg.vector_norm(values) for _, values in self.tiles()]
+        return [norm(values) for _, values in self.tiles()]
 
     def zero_(self) -> None:
         """Set P to zero."""
