@@ -13,6 +13,7 @@ import yaml
 
 from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.gradients import RTRL, WindowResult
+from rtrl_moe_pl.modules import SequenceModule
 from rtrl_moe_pl.training.checkpoints import PER_RANK
 
 ROOT = Path(__file__).parents[1]
@@ -219,6 +220,30 @@ def test_threads(here: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def tf32_flags() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_set_for_the_run_alone(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tf32: bool
+) -> None:
+    seen, before, start = [], tf32_flags(), SequenceModule.on_train_start
+    of_cpu = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
+    monkeypatch.setattr(
+        SequenceModule,
+        "on_train_start",
+        lambda self: (start(self), seen.append((*tf32_flags(), getattr(of_cpu, "fp32_precision", None)))),
+    )
+    others = getattr(of_cpu, "fp32_precision", None)
+    assert run("fit", *(["--tf32", "true"] if tf32 else [])) == 0
+    assert seen == [(tf32, tf32, others)]  # a CPU's products are left alone
+    assert tf32_flags() == before
+    assert ("--tf32: there is no GPU here" in capsys.readouterr().out) == (tf32 and not torch.cuda.is_available())
+    assert run("fit", "--tf32", "true", "--model.gradient.window", "0") == 1
+    assert tf32_flags() == before
 
 
 def test_debug_shows_the_traceback(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

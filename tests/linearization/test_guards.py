@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl_moe_pl.cells import GRU, LSTM, LeakyIntegrator, SimpleRNN, VanillaRNN
+from rtrl_moe_pl.cli.tf32 import set_tf32, tf32_restored
 from rtrl_moe_pl.gradients import RTRL
 from rtrl_moe_pl.linearization import OuterTerm, slow
 from rtrl_moe_pl.linearization import linearizer as linearizer_module
@@ -21,7 +22,7 @@ from rtrl_moe_pl.linearization.linearizer import Linearizer
 from rtrl_moe_pl.linearization.planner import make_plan
 from rtrl_moe_pl.linearization.slow import functional_terms, pull_back
 from rtrl_moe_pl.linearization.sparse import Pattern
-from rtrl_moe_pl.linearization.step import Plan, StepLinearizer, require_close
+from rtrl_moe_pl.linearization.step import Plan, StepLinearizer, require_close, tolerance
 from tests.gradients.problem import Problem, assert_exact, make_problem, weighted_squares
 from tests.gradients.user_cells import flow, graphs, matrices, vectors
 
@@ -273,3 +274,30 @@ def test_always_odd_is_for_good() -> None:
     assert "each window is differentiated as it ran" in messages[0]
     assert linearizer.needs_graph()
     assert set(linearizer.paths.values()) == {"window"}
+
+
+def test_tolerances_know_of_tf32() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    with tf32_restored():
+        set_tf32(False)
+        assert tolerance(torch.float32, gpu) == tolerance(torch.float32, cpu) == 1e-4
+        set_tf32(True)
+        assert tolerance(torch.float32, gpu) == 1e-2
+        assert tolerance(torch.float32, cpu) == 1e-4
+        assert tolerance(torch.float64, gpu) == 1e-10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tf32_takes_no_slower_path() -> None:
+    """A warning of a slower path would be an error."""
+    problem = make_problem(GRU(3, 64).double(), batch=8, steps=64)
+    truth = problem.solve(RTRL(window=8)).grads
+    cell, readout, inputs = problem.cell.float().cuda(), problem.readout.float().cuda(), problem.inputs.float().cuda()
+    targets = tuple(target.float().cuda() for target in problem.targets)
+    with tf32_restored():
+        set_tf32(True)
+        memory = RTRL(window=8).init(cell, 8, "cuda")
+        found = RTRL(window=8).run(cell, readout, inputs, targets, weighted_squares, memory).grads
+    for name, gradient in truth.items():
+        error = (found[name].double().cpu() - gradient).norm() / gradient.norm()
+        assert error < 1e-2, name
