@@ -9,15 +9,17 @@ With P = ds/dtheta at a window's start, J = ds_end/ds_start and M = ds_end/dthet
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rtrl_moe_pl.cells.base import require_inputs
+from rtrl_moe_pl.gradients.compiled import CompiledUnroll
 from rtrl_moe_pl.gradients.memory import Forecast, Memory, recurrent_parameters
-from rtrl_moe_pl.gradients.windows import LossFunction, Targets, slice_time
+from rtrl_moe_pl.gradients.windows import LossFunction, Targets, Unroll, slice_time, unroll
 from rtrl_moe_pl.sensitivities import ZeroSensitivity
 
 
@@ -50,6 +52,11 @@ class GradientAlgorithm(ABC):
 
     def __init__(self, window: int | None = None) -> None:
         self.window = window
+        self.unroll: Unroll = unroll  # how a window is run forward
+
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Run windows forward by torch.compile from now on; see ``CompiledUnroll``. Equal but for rounding."""
+        self.unroll = CompiledUnroll(self.window, backend)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({'' if self.window is None else f'window={self.window}'})"

@@ -22,7 +22,6 @@ from rtrl_moe_pl.gradients.windows import (
     read_out,
     routings_of,
     starting_steps,
-    unroll,
 )
 from rtrl_moe_pl.sensitivities import ZeroSensitivity
 
@@ -58,7 +57,7 @@ class _ReverseMode(GradientAlgorithm):
         starting = starting_steps(starts, inputs.shape[1])
         initial = cell.initial_state(memory.batch_size) if any(starting) else None  # type: ignore[operator]
         routings = routings_of(cell)
-        given, returned = unroll(cell, inputs.unbind(1), memory.state, initial, starts, starting, routings)
+        given, returned = self.unroll(cell, inputs.unbind(1), memory.state, initial, starts, starting, routings)
         outputs = read_out(readout, torch.stack(returned), inputs)
         auxiliary = auxiliary_loss(cell, inputs, torch.stack(given), auxiliary_weight)
         loss = evaluate_loss(loss_fn, outputs, targets, auxiliary)

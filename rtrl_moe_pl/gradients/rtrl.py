@@ -169,7 +169,9 @@ class RTRL(GradientAlgorithm):
         if any(starting):
             with torch.enable_grad():
                 initial = cell.initial_state(memory.batch_size)  # type: ignore[operator]
-        window = RunWindow(cell, inputs, memory.state.clone(), initial, starts, starting, routings_of(cell))
+        window = RunWindow(
+            cell, inputs, memory.state.clone(), initial, starts, starting, routings_of(cell), self.unroll
+        )
 
         given, returned = [], []
         if not linearizer.needs_graph():

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from rtrl_moe_pl.cells.routed import Routing
-from rtrl_moe_pl.gradients.windows import unroll
+from rtrl_moe_pl.gradients.windows import Unroll, unroll
 from rtrl_moe_pl.linearization import Linearizer, Steps, WindowLinearization
+from rtrl_moe_pl.linearization.derivatives import PlanMismatch
+from rtrl_moe_pl.linearization.step import require_close
 
 
 class RunWindow:
@@ -22,10 +24,11 @@ class RunWindow:
         starts: Tensor | None,
         starting: list[bool],
         routings: list[Routing] | None,  # of a routed cell, filled by ``unroll``
+        without_graph: Unroll = unroll,
     ) -> None:
         self.cell, self.inputs, self.start = cell, inputs, start
         self.initial, self.starts, self.starting = initial, starts, starting
-        self.routings = routings
+        self.routings, self.without_graph = routings, without_graph
 
     def given(self, states: Tensor) -> Tensor:
         """The states that the cell was given [k, B, S], of those that were there before every step."""
@@ -42,7 +45,8 @@ class RunWindow:
     def unroll(self) -> tuple[list[Tensor], list[Tensor]]:
         initial = None if self.initial is None else self.initial.detach()
         steps = self.inputs.unbind(1)
-        return unroll(self.cell, steps, self.start, initial, self.starts, self.starting, self.routings)
+        starts = self.starts, self.starting
+        return self.without_graph(self.cell, steps, self.start, initial, *starts, self.routings)
 
     @torch.enable_grad()
     def unroll_with_graph(self) -> tuple[Tensor, list[Tensor]]:
@@ -62,9 +66,11 @@ class RunWindow:
     def linearize_again(self, linearizer: Linearizer, returned: Tensor, cotangents: Tensor) -> WindowLinearization:
         """Run once more, with the graph, what has already been run without it."""
         leaf, again = self.unroll_with_graph()
-        if not torch.equal(torch.stack([state.detach() for state in again]), returned):
+        try:
+            require_close(torch.stack([state.detach() for state in again]), returned)  # compiled steps round otherwise
+        except PlanMismatch:
             raise RuntimeError(
                 f"{type(self.cell).__name__} gave other states when a window was run again: a random cell must be "
                 "random from its first window on (use train() before training starts)"
-            )
+            ) from None
         return linearizer.linearize_graph(leaf, again, cotangents)

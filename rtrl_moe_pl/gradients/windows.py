@@ -12,6 +12,7 @@ from rtrl_moe_pl.cells.routed import RoutedCell, Routing, require_routings
 
 Targets = Any  # a tensor [B, T, ..] or a tuple of them
 LossFunction = Callable[[Tensor, Targets], Tensor]
+Unroll = Callable[..., tuple[list[Tensor], list[Tensor]]]  # as ``unroll``
 
 
 def slice_time(value: Targets, start: int, stop: int) -> Targets:

@@ -41,6 +41,7 @@ class SequenceModule(ManualModule):
         gradient: how gradients are computed. ``BPTT`` needs whole sequences (``layout: sequences``).
         readout: module [N, S] -> [N, output_size]; None is one linear layer.
         loss: module (outputs [B, k, O], (labels, weights)) -> summed loss; None is weighted cross-entropy.
+        compile: run training windows by torch.compile (``gradient.compile``), where it supports the cell.
         optimizer, lr_scheduler, gradient_clip, update_every: see ManualModule.
 
     Raises:
@@ -61,6 +62,7 @@ class SequenceModule(ManualModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_clip: float | None = 1.0,
         update_every: int = 1,
+        compile: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, gradient_clip, update_every)
         require_cell(cell)
@@ -68,6 +70,8 @@ class SequenceModule(ManualModule):
         self.readout = nn.Linear(cell.state_size, output_size) if readout is None else readout  # type: ignore[arg-type]
         self.output_size = output_size
         self.gradient = gradient
+        if compile:
+            gradient.compile()
         self.loss = WeightedCrossEntropy() if loss is None else loss
         self.evaluations = nn.ModuleList()  # one per evaluation loader
         self._evaluation_names: list[str] = []
