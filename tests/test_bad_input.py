@@ -93,6 +93,7 @@ CASES = [
         ["trainer.accumulate_grad_batches=2", "model.update_every"],
     ),
     ("float16", ["--trainer.precision", "16-mixed"], ["trainer.precision=16-mixed", "bf16-mixed"]),
+    ("bf16-true", ["--trainer.precision", "bf16-true"], ["trainer.precision=bf16-true", "32-true"]),
     ("gradient_clip 0", ["--model.gradient_clip", "0"], ["gradient_clip must be positive", "got 0"]),
     ("update_every 0", ["--model.update_every", "0"], ["model.update_every must be at least 1", "got 0"]),
     ("influence too large", [f"{CELL}.hidden_size", "5000"], ["RTRL(window=4)", "influence matrix", "free", "TBPTT"]),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,7 +223,7 @@ def test_threads(here: Path) -> None:
         torch.set_num_threads(before)
 
 
-def tf32_flags() -> tuple[bool, bool]:
+def tf32_flags() -> tuple[Any, Any]:
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 

@@ -37,7 +37,7 @@ from rtrl_moe_pl.modules import (
     StalenessWatch,
     UpdateSizeWatch,
 )
-from rtrl_moe_pl.modules.base import refuse_float16
+from rtrl_moe_pl.modules.base import refuse_half
 from rtrl_moe_pl.modules.pretrained import load_pretrained
 from rtrl_moe_pl.modules.puzzle_writer import PuzzleWriter
 from rtrl_moe_pl.training.callbacks import Bar, BestCheckpoint, PredictionWriter
@@ -176,7 +176,7 @@ class CommandLine(LightningCLI):
         except UnicodeDecodeError as error:
             raise ValueError(f"--config: the file is not a text in UTF-8: {error}") from error
         config = self.config[self.config.subcommand]
-        refuse_float16(config.trainer.precision)  # before the Trainer, which on a CPU makes bfloat16 of it
+        refuse_half(config.trainer.precision)  # before the Trainer, which on a CPU makes bfloat16 of it
         if not 0 <= config.seed_everything < 2**32:
             raise ValueError(f"seed_everything must be at least 0 and below 2^32, got {config.seed_everything}")
         root = str(config.trainer.default_root_dir or os.getcwd())

@@ -85,7 +85,7 @@ class ManualModule(LightningModule):
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} is not supported: "
                 "the Trainer cannot accumulate hand-written gradients; set model.update_every instead"
             )
-        refuse_float16(trainer.precision)
+        refuse_half(trainer.precision)
         require_broadcast(trainer.strategy, trainer.world_size)
         return []
 
@@ -277,12 +277,17 @@ class ManualModule(LightningModule):
             )
 
 
-def refuse_float16(precision: object) -> None:
-    """Refuse precisions whose loss scale hand-written gradients would not survive."""
+def refuse_half(precision: object) -> None:
+    """Refuse precisions whose loss scale hand-written gradients would not survive, or that keep weights in 8 bits."""
     if str(precision).startswith("16"):
         raise ValueError(
             f"trainer.precision={precision} is not supported: the loss scale of float16 would divide hand-written "
             "gradients; use 32-true, 64-true or bf16-mixed"
+        )
+    if precision == "bf16-true":
+        raise ValueError(
+            "trainer.precision=bf16-true is not supported: weights of 8 bits lose updates below 1/256 of them, and no "
+            "gradient is exact; use 32-true, or influence_dtype: bfloat16 of RTRL to save memory"
         )
 
 

@@ -12,7 +12,7 @@ from rtrl_moe_pl.cells import GRU, RecurrentMoE
 from rtrl_moe_pl.data import Batch
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, GradientAlgorithm, sequence_gradient
 from rtrl_moe_pl.modules import MLP, SequenceModule, SlotAttention, WeightedCrossEntropy
-from rtrl_moe_pl.modules.base import refuse_float16
+from rtrl_moe_pl.modules.base import refuse_half
 from rtrl_moe_pl.modules.evaluation import evaluate
 from tests.modules.helpers import Figures, data, module, trainer
 
@@ -261,13 +261,35 @@ def test_trainer_options_that_cannot_be_honoured(tmp_path: Path, options: dict, 
 def test_float16_is_refused(precision: str | int) -> None:
     """On a CPU the Trainer itself turns it into bfloat16, so that only the command line can see what was asked for."""
     with pytest.raises(ValueError, match=r"^trainer.precision=16.* is not supported: the loss scale of float16"):
-        refuse_float16(precision)
+        refuse_half(precision)
 
 
 @pytest.mark.parametrize("options", [{"gradient_clip": 0.0}, {"gradient_clip": -1.0}, {"update_every": 0}])
 def test_options_out_of_range(options: dict) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(options))} must be"):
         module(**options)
+
+
+def test_weights_in_bfloat16_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^trainer.precision=bf16-true is not supported: weights of 8 bits"):
+        trainer(tmp_path, precision="bf16-true").fit(module(), datamodule=data())
+
+
+def test_float64_reaches_everything(tmp_path: Path) -> None:
+    """Trained in float64, RTRL and BPTT go to the same weights by that many digits more than in float32."""
+    differences = []
+    for precision, dtype in (("64-true", torch.float64), ("32-true", torch.float32)):
+        weights = []
+        for gradient in (BPTT(), RTRL(window=4, chunk=4)):
+            model, source = module(gradient), data(layout="sequences")
+            trainer(tmp_path, precision=precision).fit(model, datamodule=source)
+            assert {p.dtype for p in model.parameters()} == {dtype}
+            assert model._memory is not None
+            assert model._memory.state.dtype == model._memory.base.dtype == dtype
+            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        differences.append(float((weights[0] - weights[1]).norm() / weights[0].norm()))
+    assert differences[0] < 1e-12
+    assert 1e-9 < differences[1] < 1e-5
 
 
 def test_autocast_does_not_reach_the_window(tmp_path: Path) -> None:
