@@ -172,11 +172,8 @@ class ReasoningModule(ManualModule):
         self._figures.add(made, loss, total.detach(), reached, halted)
         if self.logs_now():
             figures, steps = self._figures.read()
-            context, identity = (  # of all ranks' lanes, so that rules are as large a group as in one process
-                self.all_gather(of.detach()).reshape(-1, *of.shape[1:])  # type: ignore[union-attr]
-                for of in (made.context, carry.puzzles.identity)
-            )
-            values: dict[str, Any] = {**figures, **context_figures(context, identity)}
+            encoded: Any = self.all_gather((made.context, carry.puzzles.identity))
+            values: dict[str, Any] = {**figures, **context_figures(*encoded)}
             if update is not None and update.stepped:
                 values |= grad_norms(self, update.grad_norm)
             log_figures(self, values, batch_size=1)

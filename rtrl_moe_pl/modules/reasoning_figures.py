@@ -88,15 +88,15 @@ def context_figures(context: Tensor, identity: Tensor) -> dict[str, Any]:
     """Statistics of what an encoder put out: whether it collapses.
 
     Args:
-        context: [B, prefix, D].
-        identity: [B], which rule each row follows.
+        context: [B, prefix, D], or [ranks, B, prefix, D]: the lanes of all ranks are one group.
+        identity: [B] or [ranks, B], which rule each row follows.
 
     Returns:
         mean, standard deviation, norm of a row, variance across rows, and variance across the rows of one rule, which
         is as large where the context says nothing of the rule; each a mean over positions and channels.
     """
-    flat = context.flatten(1)
-    rules, group = identity.unique(return_inverse=True)
+    flat = context.flatten(-2).flatten(0, -2)
+    rules, group = identity.flatten().unique(return_inverse=True)
     size = torch.bincount(group)
     centre = flat.new_zeros(len(rules), flat.shape[1]).index_add(0, group, flat) / size[:, None]
     freedom = int((size - 1).sum())  # unbiased: most rules have two rows or so

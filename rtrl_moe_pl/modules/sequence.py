@@ -97,10 +97,10 @@ class SequenceModule(ManualModule):
         inputs, targets, starts = batch.inputs, tuple(batch.targets), batch.starts  # a DataLoader makes lists of tuples
         memory = self._memory_for(inputs, starts)
         weight = targets[1].sum()
-        share = torch.stack([weight, weight.new_tensor(targets[1].numel())])
-        if hasattr(self.cell, "auxiliary"):
-            share = sum_over_ranks(share)
-        per_step = share[0] / share[1]  # of penalties: their mean over all ranks' steps beside the mean loss
+        per_step = weight / targets[1].numel()
+        if hasattr(self.cell, "auxiliary"):  # penalties: their mean over the steps of all ranks beside the mean loss
+            labelled, steps = sum_over_ranks(torch.stack([weight, torch.full_like(weight, targets[1].numel())]))
+            per_step = labelled / steps
         with torch.autocast(inputs.device.type, enabled=False):
             result = self.gradient.run(self.cell, self.readout, inputs, targets, self.loss, memory, starts, per_step)
         self._memory = result.memory

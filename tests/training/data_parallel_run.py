@@ -126,11 +126,10 @@ def fit(folder: Path, processes: int, maker: Maker, optimizer: Any, **options: A
         callbacks=[figures, collectives],
         **{**defaults, **options},
     )
-    first = {name: value.clone() for name, value in module.state_dict().items()}
+    before = {*module.state_dict(), *dict(module.named_buffers())}
     made.fit(module, datamodule=data)
     assert processes == 1 or isinstance(made.strategy, BroadcastStrategy)
     return {
-        "first": first,
         "weights": {name: p.detach() for name, p in module.named_parameters()},
         "buffers": {name: b.detach() for name, b in module.named_buffers() if not name.startswith("evaluations")},
         "optimizer": made.optimizers[0].state_dict()["state"],
@@ -138,7 +137,7 @@ def fit(folder: Path, processes: int, maker: Maker, optimizer: Any, **options: A
         "train": [{k: v for k, v in logged.items() if k.startswith("train/")} for logged in figures.logged],
         "val": {name: float(value) for name, value in made.callback_metrics.items() if name.startswith("val/")},
         "carry": module.carry_state(),
-        "state_dict": list(module.state_dict()),
+        "new": [n for n in (*module.state_dict(), *dict(module.named_buffers())) if n not in before],
         "collectives": collectives.batches,
         "weight": collectives.weights,
     }
