@@ -14,9 +14,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
+from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.modules.figures import Stopwatch
+from rtrl_moe_pl.modules.optimization import refuse_callbacks, require_schedule, require_usable
+from rtrl_moe_pl.modules.resuming import check_optimizer, describe, require_finite, require_resumable
 from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, update
 from rtrl_moe_pl.training.averaging import resume_raw
 from rtrl_moe_pl.training.checkpoints import PER_RANK, DurableCheckpointIO
@@ -24,7 +27,6 @@ from rtrl_moe_pl.training.failure import first_bad
 from rtrl_moe_pl.training.strategy import require_broadcast, require_same_processes
 
 ARCHITECTURE = "rtrl_moe_pl_architecture"
-OPTIMIZER = "rtrl_moe_pl_optimizer"
 NAMED = 4  # differences that an error names
 
 
@@ -55,17 +57,18 @@ class ManualModule(LightningModule):
         super().__init__()
         if gradient_clip is not None and not 0 < gradient_clip < math.inf:
             raise ValueError(f"gradient_clip must be positive and finite, or null for none, got {gradient_clip}")
-        if update_every < 1:
-            raise ValueError(f"update_every must be at least 1 batch, got {update_every}")
+        if optimizer is None:
+            raise TypeError("optimizer must be an optimizer, got null")
         self.automatic_optimization = False
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.gradient_clip = gradient_clip
-        self.update_every = update_every
+        self.update_every = at_least(1, "update_every", update_every)
         self._figures = Stopwatch()  # of training; a subclass puts its own in its place
         self.figures: dict[str, Any] = {}  # that were logged last, by tag
         self._sums = GradientSums()
         self._diagnosis: str | None = None
+        self.resumed_at = 0  # optimizer steps of the checkpoint that training went on from
 
     # ---- set-up
 
@@ -86,6 +89,7 @@ class ManualModule(LightningModule):
                 "the Trainer cannot accumulate hand-written gradients; set model.update_every instead"
             )
         refuse_half(trainer.precision)
+        refuse_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         require_broadcast(trainer.strategy, trainer.world_size)
         return []
 
@@ -100,18 +104,17 @@ class ManualModule(LightningModule):
         return self.optimizer(self.parameters())
 
     def configure_optimizers(self) -> Any:
+        optimizer, scheduler = self._make_optimizer_and_schedule()
+        return optimizer if scheduler is None else ([optimizer], [scheduler])
+
+    def _make_optimizer_and_schedule(self) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
         optimizer = self.make_optimizer()
+        require_usable(optimizer)
         if self.lr_scheduler is None:
-            return optimizer
+            return optimizer, None
         scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ValueError("model.lr_scheduler cannot be ReduceLROnPlateau: schedules are stepped once per update")
-        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < self.trainer.max_steps:
-            raise ValueError(
-                f"model.lr_scheduler: OneCycleLR ends after total_steps={scheduler.total_steps}, before "
-                f"trainer.max_steps={self.trainer.max_steps}: make them equal"
-            )
-        return [optimizer], [scheduler]
+        require_schedule(scheduler, self.trainer, self.update_every)
+        return optimizer, scheduler  # type: ignore[return-value]  # ReduceLROnPlateau is refused
 
     # ---- the update
 
@@ -206,7 +209,8 @@ class ManualModule(LightningModule):
         if bad is not None:  # before the file is opened: the last good checkpoint stays
             raise self._failure(bad)
         checkpoint[ARCHITECTURE] = self._architecture()
-        checkpoint[OPTIMIZER] = _classes(self.trainer.optimizers[0]) if self.trainer.optimizers else ""
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        checkpoint |= describe(next(iter(self.trainer.optimizers), None), next(iter(schedulers), None))  # type: ignore[arg-type]
         checkpoint[PER_RANK] = {
             "world_size": self.trainer.world_size,
             "carry": self.carry_state(),
@@ -215,22 +219,16 @@ class ManualModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_architecture(checkpoint)
-        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            self._check_optimizer(checkpoint)
-            resume_raw(checkpoint, self.trainer)
-        if fitting and PER_RANK in checkpoint:
-            require_same_processes(checkpoint[PER_RANK], self.trainer.world_size)
-            self._sums.load_state_dict(checkpoint[PER_RANK]["sums"])
-            self.restore_carry(checkpoint[PER_RANK]["carry"])
-
-    def _check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
-        saved, ours = checkpoint.get(OPTIMIZER), _classes(self.make_optimizer())
-        if saved and saved != ours:
-            raise ValueError(
-                f"model.optimizer: the checkpoint was made with {saved}, but the configuration says {ours}: resume "
-                "with the same"
-            )
+        require_finite(checkpoint["state_dict"])
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        require_resumable(checkpoint, PER_RANK)
+        check_optimizer(checkpoint, *self._make_optimizer_and_schedule(), self, self.trainer.max_steps)
+        resume_raw(checkpoint, self.trainer)
+        require_same_processes(checkpoint[PER_RANK], self.trainer.world_size)
+        self._sums.load_state_dict(checkpoint[PER_RANK]["sums"])
+        self.restore_carry(checkpoint[PER_RANK]["carry"])
+        self.resumed_at = checkpoint["global_step"]
 
     def on_train_start(self) -> None:
         self._sums.to(self.device)
@@ -289,11 +287,6 @@ def refuse_half(precision: object) -> None:
             "trainer.precision=bf16-true is not supported: weights of 8 bits lose updates below 1/256 of them, and no "
             "gradient is exact; use 32-true, or influence_dtype: bfloat16 of RTRL to save memory"
         )
-
-
-def _classes(optimizer: torch.optim.Optimizer) -> str:
-    """Name of its class; of those that it combines."""
-    return " and ".join(type(part).__name__ for part in getattr(optimizer, "optimizers", [optimizer]))
 
 
 def _batches_done(trainer: Any) -> int:

@@ -1,0 +1,73 @@
+"""Optimizers and schedules that a run with hand-written gradients cannot use, refused in one line before it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch import callbacks as lightning_callbacks
+from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+
+from rtrl_moe_pl.cells.base import at_least
+
+# They change weights, or train, by ways that hand-written gradients do not go, and some without end.
+UNUSABLE_CALLBACKS = (
+    lightning_callbacks.BatchSizeFinder,
+    lightning_callbacks.LearningRateFinder,
+    lightning_callbacks.StochasticWeightAveraging,
+    lightning_callbacks.BackboneFinetuning,
+    lightning_callbacks.ModelPruning,
+)
+_NEEDS = {SparseAdam: "it takes sparse gradients alone", LBFGS: "it computes the loss again within a step"}
+
+
+def refuse_callbacks(callbacks: Iterable[object]) -> None:
+    """Raise ValueError for callbacks of Lightning that do not work with hand-written gradients."""
+    for callback in callbacks:
+        if isinstance(callback, UNUSABLE_CALLBACKS):
+            name = type(callback).__name__
+            raise ValueError(f"trainer.callbacks: {name} does not work with hand-written gradients: leave it out")
+
+
+def require_usable(optimizer: Optimizer) -> None:
+    """Raise ValueError for an optimizer that cannot be stepped once per update with dense gradients."""
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        if type(part) in _NEEDS:
+            raise ValueError(
+                f"model.optimizer cannot be {type(part).__name__}: {_NEEDS[type(part)]}; use Adam, AdamW or SGD"
+            )
+        for group in part.param_groups:
+            if not math.isfinite(group["lr"]):
+                raise ValueError(f"model.optimizer.lr must be finite, got {group['lr']}")
+
+
+def require_schedule(scheduler: object, trainer: Trainer, update_every: int) -> None:
+    """Raise ValueError for a schedule that cannot be stepped once per update, or ends before the run does."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError("model.lr_scheduler cannot be ReduceLROnPlateau: schedules are stepped once per update")
+    for name in ("step_size", "T_max", "T_0"):  # else a division by zero in the first step
+        at_least(1, f"model.lr_scheduler.{name}", getattr(scheduler, name, 1))
+    if isinstance(scheduler, OneCycleLR):
+        steps, limit = _planned(trainer, update_every)
+        if scheduler.total_steps < steps:
+            raise ValueError(
+                f"model.lr_scheduler: OneCycleLR ends after total_steps={scheduler.total_steps}, before {limit}: "
+                "make them equal"
+            )
+
+
+def _planned(trainer: Any, update_every: int) -> tuple[int, str]:
+    """Optimizer steps of a run, -1 if that is not known, and what says so.
+
+    The Trainer's own estimate would make the loaders, which then forget the position of a checkpoint.
+    """
+    if trainer.max_steps > 0:
+        return trainer.max_steps, f"trainer.max_steps={trainer.max_steps}"
+    batches = getattr(trainer.datamodule, "batches_per_epoch", None)
+    if batches is None or trainer.max_epochs in (None, -1) or trainer.limit_train_batches != 1.0:
+        return -1, ""
+    steps = trainer.max_epochs * batches // update_every
+    return steps, f"the {steps} steps of trainer.max_epochs={trainer.max_epochs}"
