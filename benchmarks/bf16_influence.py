@@ -1,6 +1,7 @@
 """What keeping the influence matrix in bfloat16 costs in the direction of the gradient, and saves in bytes.
 
     OMP_NUM_THREADS=1 python -m benchmarks.bf16_influence
+    OMP_NUM_THREADS=1 python -m benchmarks.bf16_influence --costs  # time and bytes again, the rest as it was
 
 The gradient is that of the loss of the last window of 8 steps alone, so that all but those steps comes through the
 influence. *At rest*: parameters fixed, against BPTT in float64 over all steps. *While training*: one online update a
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.common import interleaved, ratio, write
+from benchmarks.common import interleaved, ratio, read, write
 from rtrl_moe_pl.cells import GRU, LeakyIntegrator, RecurrentMoE
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, BlockRTRL, GradientAlgorithm, LazyExpertRTRL, sequence_gradient
 from rtrl_moe_pl.gradients.base import named_parameters
@@ -146,10 +147,8 @@ def cost(size: int, lanes: int, repetitions: int) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=9)
-    arguments = parser.parse_args()
+def gradients() -> list[dict[str, Any]]:
+    """Rows of all cases."""
     rows: list[dict[str, Any]] = []
     for name, algorithm, chunk in tqdm(CASES):
         training = while_training(name, algorithm, chunk, LENGTHS)
@@ -162,10 +161,20 @@ def main() -> None:
                 f"(float32 {1 - rest['float32']:.0e}, without {1 - rest['without']:.1e}), training "
                 f"{1 - online['bfloat16']:.1e} (without {1 - online['without']:.1e})"
             )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--costs", action="store_true", help="only time and bytes")
+    parser.add_argument("--repetitions", type=int, default=9)
+    arguments = parser.parse_args()
+    device = torch.device("cpu")
+    rows = read("bf16_influence", device)["gradients"] if arguments.costs else gradients()
     costs = [cost(size, 8, arguments.repetitions) for size in (32, 64, 128)]
     for row in costs:
         print(row)
-    print(f"written to {write('bf16_influence', torch.device('cpu'), {'gradients': rows, 'costs': costs})}")
+    print(f"written to {write('bf16_influence', device, {'gradients': rows, 'costs': costs})}")
 
 
 if __name__ == "__main__":

@@ -227,3 +227,13 @@ def test_bf16_mixed_changes_nothing_in_reasoning(tmp_path: Path) -> None:
         weights.append(torch.cat([p.detach().float().flatten() for p in model.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_routed_cells_are_not_compiled() -> None:
+    algorithm, graphs = BlockRTRL(window=2), []
+    algorithm.compile(lambda graph, _: graphs.append(graph) or graph.forward)
+    cell, inputs = RecurrentMoE(3, 2, 2, 2), torch.randn(2, 4, 3)
+    readout, memory = nn.Linear(cell.state_size, 1), algorithm.init(cell, 2)
+    for _ in range(2):
+        memory = algorithm.run(cell, readout, inputs, inputs[:, :, :1], squared, memory).memory
+    assert not graphs

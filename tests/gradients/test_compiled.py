@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtrl_moe_pl.cells import GRU, Cell, RecurrentMoE, VanillaRNN
-from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, BlockRTRL, GradientAlgorithm, WindowResult
+from rtrl_moe_pl.cells import GRU, Cell, VanillaRNN
+from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, GradientAlgorithm, WindowResult
 from rtrl_moe_pl.gradients.compiled import STEPS, CompiledUnroll
 from tests.gradients.problem import Problem, make_problem, weighted_squares
 from tests.modules.helpers import data, module, trainer
@@ -112,13 +112,6 @@ def test_what_cannot_be_compiled_is_eager_with_one_warning() -> None:
     assert len(warned) == 1
     assert "\n" not in str(warned[0].message)
     assert_equal(found, run_twice(TBPTT(window=10), problem), 0.0)
-
-
-def test_routed_cells_are_eager() -> None:
-    compiled, backend = BlockRTRL(window=10), Counting()
-    compiled.compile(backend)
-    run_twice(compiled, make(RecurrentMoE(3, 3, 3, 4).double()))
-    assert backend.runs == 0
 
 
 @pytest.mark.parametrize(("window", "steps"), [(None, 16), (8, 8), (16, 16), (17, 8), (40, 13), (64, 16)])
