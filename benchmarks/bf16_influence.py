@@ -84,9 +84,9 @@ def at_rest(name: str, algorithm: str, chunk: int | None, steps: int) -> dict[st
     kind = ALGORITHMS[algorithm]
 
     def gradient(of: GradientAlgorithm, dtype: torch.dtype = torch.float32) -> Tensor:
-        modules = copy.deepcopy(nn.ModuleList([cell, readout])).to(dtype)
+        own_cell, own_readout = copy.deepcopy(nn.ModuleList([cell, readout])).to(dtype)
         targets = wanted.to(dtype), weights.to(dtype)
-        return flat(sequence_gradient(of, *modules, inputs.to(dtype), targets, squares).grads)
+        return flat(sequence_gradient(of, own_cell, own_readout, inputs.to(dtype), targets, squares).grads)
 
     truth = gradient(BPTT(), torch.float64)
     rounded = gradient(kind(WINDOW, chunk=chunk, influence_dtype="bfloat16"))

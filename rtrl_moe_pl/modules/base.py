@@ -277,16 +277,11 @@ class ManualModule(LightningModule):
 
 def refuse_half(precision: object) -> None:
     """Refuse precisions whose loss scale hand-written gradients would not survive, or that keep weights in 8 bits."""
+    why = "weights of 8 bits lose updates below 1/256 of them" if precision == "bf16-true" else ""
     if str(precision).startswith("16"):
-        raise ValueError(
-            f"trainer.precision={precision} is not supported: the loss scale of float16 would divide hand-written "
-            "gradients; use 32-true, 64-true or bf16-mixed"
-        )
-    if precision == "bf16-true":
-        raise ValueError(
-            "trainer.precision=bf16-true is not supported: weights of 8 bits lose updates below 1/256 of them, and no "
-            "gradient is exact; use 32-true, or influence_dtype: bfloat16 of RTRL to save memory"
-        )
+        why = "the loss scale of float16 would divide hand-written gradients"
+    if why:
+        raise ValueError(f"trainer.precision={precision} is not supported: {why}; use 32-true, 64-true or bf16-mixed")
 
 
 def _batches_done(trainer: Any) -> int:

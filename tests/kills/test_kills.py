@@ -77,6 +77,7 @@ CONFIGS = {"sequence": SEQUENCE, "mixture": MIXTURE, "reasoning": REASONING}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, name: str) -> None:
     config = tmp_path / "config.yaml"
