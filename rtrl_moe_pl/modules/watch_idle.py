@@ -20,22 +20,26 @@ class IdleWatch(Watch):
     A parameter is idle if all of its gradient was zero, or it has none, in the last update; a unit of the state if its
     value was the same at all of these looks and in all lanes of this process, to within ``tolerance`` (a dead ReLU, a
     saturated tanh); a slot or an expert of a routed cell (whose units are not looked at one by one) if no lane of any
-    process wrote or used it in any batch between the looks. Frozen parameters are left alone.
+    process wrote or used it in any batch between the looks, over ``updates`` updates or more: balancing takes time to
+    bring it back. Frozen parameters are left alone.
 
     Args:
         looks: at least 1.
+        updates: of the weights without a use, at least 1.
         tolerance: largest difference of values that count as the same.
 
     Raises:
         TypeError, ValueError: for an option out of range.
     """
 
-    def __init__(self, looks: int = 10, tolerance: float = 1e-4) -> None:
-        self.looks, self.tolerance = at_least(1, "looks", looks), not_negative("tolerance", tolerance)
+    def __init__(self, looks: int = 10, updates: int = 500, tolerance: float = 1e-4) -> None:
+        self.looks, self.updates = at_least(1, "looks", looks), at_least(1, "updates", updates)
+        self.tolerance = not_negative("tolerance", tolerance)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._idle: dict[str, int] = {}  # for how many looks, by kind and name
+        self._since: dict[str, int] = {}  # the update that was the last before, likewise
         self._ranges: deque[Tensor] = deque(maxlen=self.looks)  # [2, S]: smallest and largest over lanes
 
     def look(self, trainer: Trainer, module: Any) -> None:
@@ -43,11 +47,11 @@ class IdleWatch(Watch):
             trained = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
             seen = {name: grad.any() for name, grad in trained.items() if grad is not None}
             active = dict(zip(seen, torch.stack(list(seen.values())).tolist(), strict=True)) if seen else {}
-            self._count(trainer, "parameters", [(name, active.get(name, False)) for name in trained])
+            self._count(trainer, "parameters", [(name, active.get(name, False)) for name in trained], 0)
         memory, used = getattr(module, "memory", None), getattr(module, "used", None)
         if used is not None:
-            self._count(trainer, "slots", enumerate(used.written.tolist()))
-            self._count(trainer, "experts", enumerate(used.experts.tolist()))
+            self._count(trainer, "slots", enumerate(used.written.tolist()), self.updates)
+            self._count(trainer, "experts", enumerate(used.experts.tolist()), self.updates)
         if memory is not None and not isinstance(module.cell, RoutedCell):
             self._ranges.append(torch.stack(memory.state.aminmax(dim=0)))
             if len(self._ranges) == self.looks:
@@ -55,13 +59,15 @@ class IdleWatch(Watch):
                 dead = high.amax(0) - low.amin(0) <= self.tolerance
                 self._warn(trainer, "units", dead.nonzero().flatten().tolist(), memory.state.shape[1])
 
-    def _count(self, trainer: Trainer, kind: str, active: Any) -> None:
+    def _count(self, trainer: Trainer, kind: str, active: Any, updates: int) -> None:
         """Count looks without activity; ``active``: pairs of a name and whether, or how often, it was."""
         names, total = [], 0
         for name, seen in active:
             key, total = f"{kind} {name}", total + 1
-            self._idle[key] = 0 if seen else self._idle.get(key, 0) + 1
-            if self._idle[key] >= self.looks:
+            if seen or key not in self._idle:
+                self._idle[key], self._since[key] = 0, trainer.global_step if seen else self.step_seen
+            self._idle[key] += not seen
+            if self._idle[key] >= self.looks and trainer.global_step - self._since[key] >= updates:
                 names.append(name)
         self._warn(trainer, kind, names, total)
 

@@ -224,7 +224,8 @@ def test_experts_and_slots_that_nothing_uses_are_numbered(tmp_path: Path) -> Non
     with torch.no_grad():
         dead.cell.expert_bias[[1, 4]] = -torch.inf  # type: ignore[index]
         dead.cell.write_bias[2] = -torch.inf  # type: ignore[index]
-    found = warned(tmp_path, dead, IdleWatch())
+    assert warned(tmp_path, dead, IdleWatch()) == []  # not for long enough
+    found = warned(tmp_path, dead, IdleWatch(updates=10))
     [text] = [text for text in found if "experts were not used at 10 looks in a row" in text]
     assert {"1", "4"} <= set(text.partition("(")[2].partition(")")[0].split(", "))
     assert "try a larger balance_rate" in text
