@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -26,8 +26,13 @@ class TrainingWarning(UserWarning):
 class Watch(Callback):
     """Looks at training after every batch whose figures are logged, and warns once of every cause, on rank 0.
 
-    What it has seen is not saved: a run that resumes begins to look anew. No weight depends on it.
+    A run that resumes goes on with what was seen, of rank 0, and warns anew.
+
+    Attributes:
+        kept: names of the attributes that hold what was seen: tensors, numbers, and lists and dicts of them.
     """
+
+    kept: ClassVar[tuple[str, ...]] = ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, ManualModule):
@@ -36,9 +41,23 @@ class Watch(Callback):
                 "it out"
             )
         self._said: set[str] = set()
+        self._restored: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step_seen = trainer.global_step  # updates that were done at the last look
+        self.begin()
+        for name, value in self._restored.items():
+            setattr(self, name, move_data_to_device(value, pl_module.device))
+
+    def begin(self) -> None:
+        """Set all that is ``kept`` to what nothing seen gives."""
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("step_seen", *self.kept) if self.kept and hasattr(self, "step_seen") else ()
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,13 +112,14 @@ class GrowthWatch(Watch):
         TypeError, ValueError: for an option out of range.
     """
 
+    kept = ("_sizes",)
+
     def __init__(self, state: float = 100.0, influence: float = 1e3, factor: float = 100.0, looks: int = 10) -> None:
         self.limits = {"state": positive("state", state), "influence": positive("influence", influence)}
         self.factor, self.looks = positive("factor", factor), at_least(2, "looks", looks)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._sizes = {name: deque[float](maxlen=self.looks) for name in self.limits}
+    def begin(self) -> None:
+        self._sizes: dict[str, list[float]] = {name: [] for name in self.limits}
 
     def look(self, trainer: Trainer, module: Any) -> None:
         memory = getattr(module, "memory", None)
@@ -109,12 +129,12 @@ class GrowthWatch(Watch):
         entries = {"state": size, "influence": lanes * size * sum(s.numel() for s in memory.base.shapes.values())}
         for name, limit in self.limits.items():
             norm = float(module.figures[f"train/{name}_norm"])
-            mean, sizes = norm / math.sqrt(max(1, entries[name])), self._sizes[name]
-            sizes.append(mean)
+            mean = norm / math.sqrt(max(1, entries[name]))
+            sizes = self._sizes[name] = [*self._sizes[name], mean][-self.looks :]
             what = f"train/{name}_norm is {norm:.3g}, {mean:.3g} an entry"
             if mean > limit:
                 self.warn(trainer, name, f"{what}, above {limit:g}: {_ADVICE}")
-            before, after = list(sizes)[: self.looks // 2], list(sizes)[-(self.looks // 2) :]
+            before, after = sizes[: self.looks // 2], sizes[-(self.looks // 2) :]
             if len(sizes) == self.looks and min(after) > max(1.0, self.factor * max(before)):
                 since = f"it was at most {max(before):.3g} {self.looks // 2} looks ago"
                 self.warn(trainer, f"{name} grows", f"{what}, and {since}: {_ADVICE}")
@@ -141,15 +161,17 @@ class UpdateSizeWatch(Watch):
     Cost: two copies of the parameters a look.
     """
 
+    kept = ("_waits", "_size", "_sizes")
+
     def __init__(self, large: float = 0.1, small: float = 1e-7, looks: int = 5) -> None:
         self.large, self.small = positive("large", large), not_negative("small", small)
         self.looks = at_least(1, "looks", looks)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+    def begin(self) -> None:
         self._before: Tensor | None = None
-        self._waits, self._size = False, None
-        self._sizes = deque[float](maxlen=self.looks)
+        self._waits = False
+        self._size: float | None = None
+        self._sizes: list[float] = []
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self._waits or pl_module.logs_now():  # type: ignore[operator]
@@ -168,7 +190,7 @@ class UpdateSizeWatch(Watch):
             self._waits = True
             return
         module.log("train/update_size", self._size)
-        self._sizes.append(self._size)
+        self._sizes = [*self._sizes, self._size][-self.looks :]
         self._size = None
         sizes = f"train/update_size was {min(self._sizes):.3g} to {max(self._sizes):.3g} in the last {self.looks} looks"
         if len(self._sizes) < self.looks:

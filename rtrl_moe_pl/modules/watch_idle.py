@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from rtrl_moe_pl.cells import RoutedCell
@@ -32,15 +31,16 @@ class IdleWatch(Watch):
         TypeError, ValueError: for an option out of range.
     """
 
+    kept = ("_idle", "_since", "_ranges")
+
     def __init__(self, looks: int = 10, updates: int = 500, tolerance: float = 1e-4) -> None:
         self.looks, self.updates = at_least(1, "looks", looks), at_least(1, "updates", updates)
         self.tolerance = not_negative("tolerance", tolerance)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+    def begin(self) -> None:
         self._idle: dict[str, int] = {}  # for how many looks, by kind and name
         self._since: dict[str, int] = {}  # the update that was the last before, likewise
-        self._ranges: deque[Tensor] = deque(maxlen=self.looks)  # [2, S]: smallest and largest over lanes
+        self._ranges: list[Tensor] = []  # [2, S]: smallest and largest over lanes
 
     def look(self, trainer: Trainer, module: Any) -> None:
         if trainer.global_step > self.step_seen:
@@ -53,9 +53,9 @@ class IdleWatch(Watch):
             self._count(trainer, "slots", enumerate(used.written.tolist()), self.updates)
             self._count(trainer, "experts", enumerate(used.experts.tolist()), self.updates)
         if memory is not None and not isinstance(module.cell, RoutedCell):
-            self._ranges.append(torch.stack(memory.state.aminmax(dim=0)))
+            self._ranges = [*self._ranges, torch.stack(memory.state.aminmax(dim=0))][-self.looks :]
             if len(self._ranges) == self.looks:
-                low, high = torch.stack(list(self._ranges)).unbind(1)  # [looks, S] each
+                low, high = torch.stack(self._ranges).unbind(1)  # [looks, S] each
                 dead = high.amax(0) - low.amin(0) <= self.tolerance
                 self._warn(trainer, "units", dead.nonzero().flatten().tolist(), memory.state.shape[1])
 

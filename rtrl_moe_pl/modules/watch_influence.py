@@ -39,6 +39,8 @@ class StalenessWatch(Watch):
         is pending.
     """
 
+    kept = ("_started", "_stale", "_weights")
+
     def __init__(self, threshold: float = 0.2, decay: float = 1.0, reset_every: int | None = None) -> None:
         self.threshold = positive("threshold", threshold)
         if not 0 < decay <= 1:
@@ -49,7 +51,9 @@ class StalenessWatch(Watch):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._updates = trainer.global_step
-        self._starts: list[Tensor] = []  # [B, T] each, of the batches since the last look
+
+    def begin(self) -> None:
+        self._started: list[Tensor] = []  # [B] bool each, which lanes did in the batches since the last look
         self._stale: Tensor | None = None  # [B]
         self._weights: Tensor | None = None  # at the last look
 
@@ -59,23 +63,25 @@ class StalenessWatch(Watch):
         memory: Any = getattr(pl_module, "memory", None)
         if memory is None or not pl_module.gradient.carries_influence or batch.starts is None:  # type: ignore[union-attr]
             return
-        starts = batch.starts
+        started = batch.starts.any(1)
         if trainer.global_step > self._updates:
             self._updates = trainer.global_step
             if self.reset_every is not None and self._updates % self.reset_every == 0:
                 memory.scale_influence_(0.0)
-                starts = torch.ones_like(starts)
+                started = torch.ones_like(started)
             elif self.decay < 1:
                 memory.scale_influence_(self.decay)
-        if self._starts and len(self._starts[0]) != len(starts):  # other lanes, which all start
-            self._starts, self._stale = [], None
-        self._starts.append(starts)
+        if self._started and len(self._started[0]) != len(started):  # other lanes, which all start
+            self._started = []
+        self._started.append(started)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def look(self, trainer: Trainer, module: Any) -> None:
-        started = torch.stack([starts.any(1) for starts in self._starts])  # [batches, B]
+        started = torch.stack(self._started)  # [batches, B]
         weights, updates = vector(module.cell.parameters()), trainer.global_step - self.step_seen
-        old = started.new_zeros(started.shape[1], dtype=torch.float64) if self._stale is None else self._stale
+        old = self._stale
+        if old is None or len(old) != started.shape[1]:
+            old = started.new_zeros(started.shape[1], dtype=torch.float64)
         if self._weights is not None and len(weights) == len(self._weights):
             count = len(started)
             number = torch.arange(1, count + 1, device=started.device)[:, None]
@@ -95,7 +101,7 @@ class StalenessWatch(Watch):
                     "try a smaller learning rate, a larger model.update_every, shorter sequences, or StalenessWatch "
                     "with a decay below 1",
                 )
-        self._weights, self._starts = weights, []
+        self._weights, self._started = weights, []
 
 
 class ProbeWatch(Watch):
