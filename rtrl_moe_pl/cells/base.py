@@ -69,6 +69,8 @@ def at_least(minimum: int, name: str, value: int) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2^63, got {value}")
     return value
 
 

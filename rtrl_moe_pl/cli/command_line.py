@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import rtrl_moe_pl.cells  # short class names in YAML are those of imported classes
@@ -24,8 +24,10 @@ import rtrl_moe_pl.data
 import rtrl_moe_pl.gradients
 import rtrl_moe_pl.reasoning  # noqa: F401
 from rtrl_moe_pl.cli.audit import audit, audit_puzzles
+from rtrl_moe_pl.cli.checks import check_options, check_pair
 from rtrl_moe_pl.cli.forecast import forecast, forecast_puzzles
-from rtrl_moe_pl.cli.messages import Maker, one_line
+from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
+from rtrl_moe_pl.cli.streams import read, warnings_in_one_line
 from rtrl_moe_pl.cli.summary import SaveConfig
 from rtrl_moe_pl.cli.tf32 import set_tf32, tf32_restored
 from rtrl_moe_pl.modules import (
@@ -64,6 +66,8 @@ LINKS = (
     ("data.shape", "model.init_args.shape"),
 )
 WATCHES = (GrowthWatch, IdleWatch, UpdateSizeWatch, StalenessWatch)  # at most 3 % of a step together
+UNREAD = 128 + 13  # what a shell says of a process that was ended by SIGPIPE
+MOST_THREADS = 1024  # a slip of the keyboard starts no million of them
 WITH_CHECKPOINT = ("fit", "validate", "test", "predict")
 
 
@@ -176,6 +180,7 @@ class CommandLine(LightningCLI):
         except UnicodeDecodeError as error:
             raise ValueError(f"--config: the file is not a text in UTF-8: {error}") from error
         config = self.config[self.config.subcommand]
+        check_options(config)
         refuse_half(config.trainer.precision)  # before the Trainer, which on a CPU makes bfloat16 of it
         if not 0 <= config.seed_everything < 2**32:
             raise ValueError(f"seed_everything must be at least 0 and below 2^32, got {config.seed_everything}")
@@ -191,6 +196,16 @@ class CommandLine(LightningCLI):
 
     def audit(self, **arguments: Any) -> None:
         self.status = 0 if self.trainer.audit(**arguments) else 1  # type: ignore[attr-defined]
+
+    def after_fit(self) -> None:
+        """Say so if nothing was there to train: a run that is complete is no error."""
+        trainer, model = self.trainer, cast(ManualModule, self.model)
+        if trainer.global_step <= model.resumed_at and not trainer.should_stop:
+            limits = ", ".join(f"{name}={getattr(trainer, name)}" for name in ("max_steps", "max_epochs"))
+            rank_zero_warn(
+                f"nothing was trained: the weights are those of step {trainer.global_step}, with trainer: {limits}, "
+                f"limit_train_batches={trainer.limit_train_batches}, and model.update_every={model.update_every}"
+            )
 
     def before_validate(self) -> None:
         config = self.config_init[self.config.subcommand]
@@ -208,6 +223,7 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         given = self.config[self.config.subcommand].clone()
+        check_pair(given.model.class_path, given.data.class_path)
         for _, target in LINKS:
             given.pop(target, None)
         with warnings.catch_warnings():
@@ -215,8 +231,11 @@ class CommandLine(LightningCLI):
             self.parser.add_instantiator(Maker(given), object)
         threads = self.config[self.config.subcommand].threads
         if threads is not None:
-            if threads < 1:
-                raise ValueError(f"threads must be at least 1, or null for torch's own number, got {threads}")
+            if not 1 <= threads <= MOST_THREADS:
+                raise ValueError(
+                    f"threads must be at least 1 and at most {MOST_THREADS}, or null for torch's own number, "
+                    f"got {threads}"
+                )
             torch.set_num_threads(threads)
         tf32 = self.config[self.config.subcommand].tf32
         set_tf32(tf32)
@@ -270,7 +289,10 @@ class CommandLine(LightningCLI):
         if config.trainer.logger in (None, True):
             root = config.trainer.default_root_dir or os.getcwd()
             kwargs["logger"] = RunLogger(root, version=SLURMEnvironment.job_id())  # as Lightning does
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except Exception as error:
+            raise ValueError(of_trainer(str(error), self.config[self.config.subcommand].trainer)) from error
 
 
 def count_processes(trainer: Any) -> int:
@@ -283,7 +305,7 @@ def count_processes(trainer: Any) -> int:
     elif devices.isdigit():
         count = int(devices)
     else:
-        raise ValueError(f"trainer.devices: needs a number, a list of indices, or auto, got {devices}")
+        raise ValueError(f"trainer.devices: needs a number, a list of indices, or auto, got {devices or repr(devices)}")
     return count * trainer.num_nodes
 
 
@@ -309,6 +331,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     for ignored in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{ignored}")
+    with warnings_in_one_line():
+        status = _run(arguments, debug)
+    return status if read() else UNREAD
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     try:
         with tf32_restored():
             return CommandLine(arguments).status
@@ -322,12 +350,14 @@ def main(argv: list[str] | None = None) -> int:
         print(stop, file=sys.stderr)
         return 128 + stop.number
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not read("\n"):  # a broken pipe of workers is another matter
+            return UNREAD
         if debug:
             traceback.print_exc()
         try:
             message = one_line(error)
         except Exception:  # the parser has other words than those that are known
-            message = " ".join(str(error).split())
+            message = shortened(" ".join(str(error).split()))
         rank = rank_zero_only.rank
         print(f"error (rank {rank}): {message}" if rank else f"error: {message}", file=sys.stderr, flush=True)
         return 1

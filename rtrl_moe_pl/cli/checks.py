@@ -1,0 +1,64 @@
+"""Options that are refused before anything is made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc import locate
+from string import Formatter
+
+from jsonargparse import Namespace
+
+from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.data.puzzles import PuzzleDataModule
+from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
+
+
+def check_options(config: Namespace) -> None:
+    """Refuse options of Trainer and checkpoints that Lightning would stumble over later, or take without a word.
+
+    Raises:
+        OSError, TypeError, ValueError: naming the option.
+    """
+    for name in ("trainer", "checkpoint"):
+        if not isinstance(config[name], Namespace):
+            raise TypeError(f"{name}: needs keys and values, got {config[name]}")
+    trainer, checkpoint = config.trainer, config.checkpoint
+    at_least(0, "trainer.log_every_n_steps", trainer.log_every_n_steps)
+    at_least(-1, "trainer.num_sanity_val_steps", trainer.num_sanity_val_steps or 0)
+    for name in ("val_check_interval", "check_val_every_n_epoch"):
+        if trainer[name] == 0:  # None: the default
+            raise ValueError(
+                f"trainer.{name} must be above 0, got 0: to switch validation off, set trainer.limit_val_batches to 0"
+            )
+    _refuse_filename("checkpoint.filename", checkpoint.filename)
+    _refuse_beneath_a_file("checkpoint.dirpath", checkpoint.dirpath)
+    if isinstance(trainer.logger, Namespace):
+        _refuse_beneath_a_file("trainer.logger.save_dir", trainer.logger.get("init_args.save_dir"))
+
+
+def check_pair(model: str, data: str) -> None:
+    """Refuse data that are not what the model reads; both are class paths."""
+    classes = [found if isinstance(found := locate(path), type) else object for path in (model, data)]
+    puzzles = issubclass(classes[1], PuzzleDataModule)
+    if puzzles and issubclass(classes[0], SequenceModule):
+        raise ValueError(f"data: SequenceModule reads sequences, got puzzles of {classes[1].__name__}")
+    if issubclass(classes[0], ReasoningModule) and not (puzzles or hasattr(classes[1], "shape")):
+        raise ValueError(f"data: ReasoningModule needs a PuzzleDataModule, got {classes[1].__name__}")
+
+
+def _refuse_beneath_a_file(option: str, folder: str | None) -> None:
+    """Raise OSError if the folder is a file, or would be within one."""
+    if folder is None or "://" in folder:
+        return
+    for place in (Path(folder), *Path(folder).parents):
+        if place.exists() and not place.is_dir():
+            raise OSError(f"{option}: cannot write to {folder}: {place} is a file: choose another folder")
+
+
+def _refuse_filename(option: str, name: str | None) -> None:
+    """Raise ValueError for the name of a file whose braces, or formats of numbers, are none."""
+    try:
+        for _, _, spec, _ in Formatter().parse(name or ""):
+            format(1, spec or "")
+    except ValueError as error:
+        raise ValueError(f"{option}: {name!r} is no name with {{figure}} or {{figure:.2f}} in it: {error}") from None

@@ -1,0 +1,34 @@
+"""What a run that is refused leaves behind: nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+_EVENTS = "events.out.tfevents.*"  # opened by a logger before anything else is done
+_OF_EVERY_RUN = ("config.yaml", "hparams.yaml", "metrics.csv", _EVENTS)
+
+
+def is_fresh(folder: Path) -> bool:
+    """Whether the folder of a run's logs holds nothing but the one file that its logger has opened."""
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    return len(found) <= 1 and all(path.match(_EVENTS) for path in found)
+
+
+def discard_unused(folder: Path, trainer: Trainer, own: bool) -> None:
+    """Remove the folder of a run's logs if it has nothing but what is written before a run begins.
+
+    Args:
+        folder: of the logs.
+        trainer: whose loggers are closed before, so that they write no more.
+        own: whether all that is in it is known to be of this run.
+    """
+    own = own or is_fresh(folder)
+    for logger in trainer.loggers:
+        logger.finalize("failed")
+    files = list(folder.iterdir()) if own and folder.is_dir() else []
+    if files and all(path.is_file() and any(map(path.match, _OF_EVERY_RUN)) for path in files):
+        for path in files:
+            path.unlink()
+        folder.rmdir()

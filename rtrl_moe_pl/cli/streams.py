@@ -1,0 +1,39 @@
+"""What the process prints: warnings in one line, and a quiet end where nobody reads on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Within it warnings are printed as ``warning: ..``, without the line of code they come from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = _one_line  # what catches warnings stays as it is
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _one_line(message: Warning | str, *place: Any) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
+def read(text: str = "") -> bool:
+    """Print the text and what was not yet printed; whether anybody reads it.
+
+    If nobody does (``.. | head``), the rest goes nowhere, without a word.
+    """
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
