@@ -12,8 +12,7 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -23,10 +22,10 @@ import rtrl_moe_pl.cells  # short class names in YAML are those of imported clas
 import rtrl_moe_pl.data
 import rtrl_moe_pl.gradients
 import rtrl_moe_pl.reasoning  # noqa: F401
-from rtrl_moe_pl.cli.audit import audit, audit_puzzles
 from rtrl_moe_pl.cli.checks import check_options, check_pair
-from rtrl_moe_pl.cli.forecast import forecast, forecast_puzzles
+from rtrl_moe_pl.cli.diagnosis import DiagnosisTrainer
 from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
+from rtrl_moe_pl.cli.processes import count_processes, require_all
 from rtrl_moe_pl.cli.streams import read, warnings_in_one_line
 from rtrl_moe_pl.cli.summary import SaveConfig
 from rtrl_moe_pl.cli.tf32 import set_tf32, tf32_restored
@@ -35,7 +34,6 @@ from rtrl_moe_pl.modules import (
     IdleWatch,
     ManualModule,
     ReasoningModule,
-    SequenceModule,
     StalenessWatch,
     UpdateSizeWatch,
 )
@@ -69,52 +67,6 @@ WATCHES = (GrowthWatch, IdleWatch, UpdateSizeWatch, StalenessWatch)  # at most 3
 UNREAD = 128 + 13  # what a shell says of a process that was ended by SIGPIPE
 MOST_THREADS = 1024  # a slip of the keyboard starts no million of them
 WITH_CHECKPOINT = ("fit", "validate", "test", "predict")
-
-
-class DiagnosisTrainer(Trainer):
-    """A Trainer with the subcommands audit and forecast, which train nothing."""
-
-    def audit(
-        self, model: LightningModule, datamodule: LightningDataModule | None = None, steps: int | None = None
-    ) -> bool:
-        """Compare the configured gradient with another computation of it in float64, on the configured model and data.
-
-        Args:
-            model: the model.
-            datamodule: the data.
-            steps: time steps over which gradients are compared and norms are followed (null: 200); of a
-                ReasoningModule supervision steps (null: 2).
-        """
-        given = () if steps is None else (steps,)
-        if isinstance(model, SequenceModule) and datamodule is not None:
-            return audit(model, datamodule, self, *given)
-        if isinstance(model, ReasoningModule) and datamodule is not None:
-            return audit_puzzles(model, datamodule, self, *given)
-        raise TypeError(f"audit needs a SequenceModule or a ReasoningModule, and data, got {type(model).__name__}")
-
-    def forecast(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule | None = None,
-        steps: int = 512,
-        memory: float | None = None,
-    ) -> None:
-        """Memory and time of each gradient algorithm on the configured model and data, and which one to use.
-
-        Args:
-            model: the model.
-            datamodule: the data.
-            steps: most time steps of a sequence that are timed; a ReasoningModule has none.
-            memory: GB that may be taken; null: what is free.
-        """
-        if isinstance(model, SequenceModule) and datamodule is not None:
-            forecast(model, datamodule, self, steps, memory)
-        elif isinstance(model, ReasoningModule) and datamodule is not None:
-            forecast_puzzles(model, datamodule, self, memory)
-        else:
-            raise TypeError(
-                f"forecast needs a SequenceModule or a ReasoningModule, and data, got {type(model).__name__}"
-            )
 
 
 class CommandLine(LightningCLI):
@@ -293,30 +245,6 @@ class CommandLine(LightningCLI):
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except Exception as error:
             raise ValueError(of_trainer(str(error), self.config[self.config.subcommand].trainer)) from error
-
-
-def count_processes(trainer: Any) -> int:
-    """How many processes the trainer options ask for: devices times num_nodes."""
-    devices = str(trainer.devices)
-    if devices in ("auto", "-1"):
-        count = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 1
-    elif isinstance(trainer.devices, list) or "," in devices:
-        count = len([device for device in devices.strip("[]").split(",") if device.strip()])
-    elif devices.isdigit():
-        count = int(devices)
-    else:
-        raise ValueError(f"trainer.devices: needs a number, a list of indices, or auto, got {devices or repr(devices)}")
-    return count * trainer.num_nodes
-
-
-def require_all(processes: int) -> None:
-    """Refuse to run beside processes of torchrun or srun that would each train alone."""
-    for environment in (TorchElasticEnvironment, SLURMEnvironment):
-        if environment.detect() and environment().world_size() != processes:
-            raise ValueError(
-                f"trainer.devices times trainer.num_nodes is {processes}, but {environment().world_size()} processes "
-                f"were started ({environment.__name__}): make --trainer.devices their number on a node"
-            )
 
 
 def main(argv: list[str] | None = None) -> int:
