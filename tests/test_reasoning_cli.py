@@ -11,7 +11,7 @@ import torch
 
 from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.reasoning import encoders
-from tests.test_bad_input import contents, refused
+from tests.bad_input.case import contents, refused
 from tests.test_cli import CONFIG as SEQUENCES
 
 CONFIG = str(Path(__file__).parents[1] / "configs/etrm_color_rules.yaml")

@@ -7,7 +7,7 @@ import pytest
 
 from rtrl_moe_pl.cli import main
 from tests import test_reasoning_cli
-from tests.test_bad_input import refused
+from tests.bad_input.case import refused
 from tests.test_reasoning_cli import CONFIG, ENCODER, SMALL, last, run
 
 fitted, here = test_reasoning_cli.fitted, test_reasoning_cli.here  # its fixtures

@@ -27,8 +27,10 @@ def discard_unused(folder: Path, trainer: Trainer, own: bool) -> None:
     own = own or is_fresh(folder)
     for logger in trainer.loggers:
         logger.finalize("failed")
-    files = list(folder.iterdir()) if own and folder.is_dir() else []
-    if files and all(path.is_file() and any(map(path.match, _OF_EVERY_RUN)) for path in files):
+    if not (own and folder.is_dir()):
+        return
+    files = list(folder.iterdir())
+    if all(path.is_file() and any(map(path.match, _OF_EVERY_RUN)) for path in files):
         for path in files:
             path.unlink()
         folder.rmdir()

@@ -39,9 +39,8 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.loggers:
-            fresh = is_fresh(Path(trainer.log_dir or ""))
+            self._own = is_fresh(Path(trainer.log_dir or ""))
             super().setup(trainer, pl_module, stage)
-            self._own = fresh
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         unused = not trainer.logged_metrics and not isinstance(exception, NumericalFailure)

@@ -65,6 +65,7 @@ class BlockRTRL(RTRL):
 
     def chunk_for(self, cell: nn.Module, is_sparse: bool | None = True, batch_size: int = 1) -> int:
         """Steps between two advances of P for this cell and batch."""
+        self._require_cell(cell)
         assert isinstance(cell, RoutedCell)
         assert self.window is not None
         advance = batch_size * cell.state_size**2 * sum(p.numel() for p in cell.parameters())
@@ -79,6 +80,7 @@ class BlockRTRL(RTRL):
         return self.window * max(1, self.chunk_for(cell, batch_size=memory.batch_size) // self.window)
 
     def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
+        self._require_cell(cell)
         assert isinstance(cell, RoutedCell)
         chunk = min(self.chunk_for(cell, batch_size=batch_size), steps)
         dense = forecast_influence(cell, batch_size, dtype.itemsize, chunk, (self.storage or dtype).itemsize)

@@ -1,0 +1,173 @@
+"""Configuration files that are wrong: YAML, and what a configuration is made of."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.case import CONFIG, DENSE, Case, contents, refused, run, table
+
+NO_MAPPING = "--config: the file is not a YAML mapping of keys to values: "
+NO_CLASS = "model.cell: needs the name of a class, or class_path and init_args and no other key, got {"
+WITHOUT_TRAINER = CONFIG.split("trainer:")[0]
+
+
+def cell(text: str) -> str:
+    return CONFIG.replace(DENSE, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (CONFIG + "  nonsense: 1\n", ["unknown key trainer.nonsense"]),
+        (CONFIG + "nonsense: 1\n", ["unknown key nonsense"]),
+        (CONFIG + "3: 4\n", ["unknown key 3: keys are names"]),
+        (CONFIG.replace("{window: 4}", "{window: four}"), ["model.gradient.window", "needs int", "four"]),
+        (CONFIG.replace("{window: 4}", "{windows: 4}"), ["unknown key model.gradient.windows", "window"]),
+        (CONFIG.replace("max_steps: 10", "max_steps: ten"), ["trainer.max_steps", "needs int", "ten"]),
+        (CONFIG.replace("    gradient:", "    gradients:"), ["unknown key model.gradients", "gradient"]),
+        (cell("{class_path: GRU, hidden_size: 5}"), [NO_CLASS, "'hidden_size': 5"]),
+        (cell("{class_pth: GRU, init_args: {hidden_size: 5}}"), [NO_CLASS, "class_pth"]),
+        (cell("{class_path: GRU, init_args: five}"), [NO_CLASS, "'init_args': 'five'"]),
+        (cell("{class_path: 3}"), [NO_CLASS, "'class_path': 3"]),
+        (cell("{class_path: null}"), [NO_CLASS, "'class_path': None"]),
+        (cell("{class_path: [GRU]}"), [NO_CLASS, "'class_path': ['GRU']"]),
+        (cell("{class_path: ''}"), ["model.cell: there is no class '' for it: give GRU, LSTM, "]),
+        ("model:\ndata:\ntrainer:\n", ["no data and model given: name a configuration that has them"]),
+        (WITHOUT_TRAINER + "trainer: [1, 2]\n", ["trainer: needs keys and values, got [1, 2]"]),
+        (WITHOUT_TRAINER + "trainer: fast\n", ["trainer: needs keys and values, got fast"]),
+        (CONFIG + "checkpoint: [1]\n", ["checkpoint: needs keys and values, got [1]"]),
+        (CONFIG.replace("  max_steps", "\tmax_steps"), [NO_MAPPING, "cannot start any token", "line 13"]),
+        (CONFIG.replace("  max_steps", "   max_steps"), [NO_MAPPING, "line 14"]),
+        (CONFIG.replace("max_steps: 10", "max_steps 10"), [NO_MAPPING, "line 14"]),
+        (CONFIG.replace("max_steps: 10", "max_steps: *ten"), [NO_MAPPING, "undefined alias"]),
+        (CONFIG.replace("10", "!!python/object/apply:os.system [ls]"), [NO_MAPPING, "os.system"]),
+        (f"{CONFIG}---\n{CONFIG}", [NO_MAPPING, "expected a single document"]),
+        (CONFIG + "\0", [NO_MAPPING, "control characters"]),
+        ("model: [", [NO_MAPPING, "line"]),
+        ("hello", [NO_MAPPING, "hello"]),
+        ("", [NO_MAPPING, "empty"]),
+        ("[]", [NO_MAPPING, "[]"]),
+        ("\xff", ["--config: the file is not a text in UTF-8"]),
+    ],
+)
+def test_bad_configuration_files(here: Path, capsys: pytest.CaptureFixture[str], text: str, parts: list[str]) -> None:
+    (here / "config.yaml").write_text(text, encoding="latin1")
+    before = contents(here)
+    refused(capsys, ["fit", "--config", "config.yaml"], parts)
+    assert contents(here) == before
+
+
+COMMANDS = "{fit,validate,test,predict,audit}"
+CASES = [
+    Case("no command", [], ["to be one of ", *COMMANDS.strip("{}").split(",")], "", "none"),
+    Case(
+        "unknown command",
+        ["train"],
+        ["invalid choice: 'train'", "'fit', 'validate', 'test', 'predict', 'audit'"],
+        "",
+        "none",
+    ),
+    Case(
+        "nothing given",
+        [],
+        ["no data and model given: name a configuration that has them, --config FILE"],
+        config="none",
+    ),
+    Case("folder", ["--config", "."], ["config: Path is not a file"], config="none"),
+    Case(
+        "no such file", ["--config", "k\u00e4se.yaml"], ["config: File does not exist", "k\u00e4se.yaml"], config="none"
+    ),
+    Case("no name", ["--config"], ["--config: expected one argument"], config="none"),
+    Case("unknown option", ["--unknown_option", "x"], ["unknown key unknown_option"], config="none"),
+    Case("no option", ["10"], ["unknown key 10"]),
+    Case("no model", ["--model=null"], ["no model given"]),
+    Case("no data", ["--data=null"], ["no data given"], "validate"),
+    Case("no cell", ["--model.cell=null"], ["model: cell is missing: SequenceModule takes cell, "]),
+    Case("no optimizer", ["--model.optimizer=null"], ["model.optimizer must be an optimizer, got null"]),
+    Case(
+        "a list for a class",
+        ["--data", "[1]"],
+        ["data: needs the name of a class, or class_path and init_args", "got [1]"],
+    ),
+    Case("gradient for a cell", ["--model.cell=RTRL"], ["model.cell: there is no class RTRL for it: give GRU, LSTM, "]),
+    Case(
+        "cell for a gradient", ["--model.gradient=GRU"], ["model.gradient: there is no class GRU for it: give BPTT, "]
+    ),
+    Case(
+        "optimizer for a cell",
+        ["--model.cell=torch.optim.Adam"],
+        ["model.cell: there is no class torch.optim.Adam for it: "],
+    ),
+    Case(
+        "function for a cell",
+        ["--model.cell=os.getcwd"],
+        ["model.cell: there is no class os.getcwd for it: give GRU, "],
+    ),
+    Case(
+        "data for a model",
+        ["--model=AnBnDataModule"],
+        ["model: there is no class AnBnDataModule for it: give Reasoning"],
+    ),
+    Case(
+        "model for data",
+        ["--data=SequenceModule"],
+        ["data: there is no class SequenceModule for it: give AnBnDataModule, "],
+    ),
+    Case(
+        "cell for an optimizer",
+        ["--model.optimizer=GRU"],
+        ["model.optimizer: there is no class GRU for it: give AdamATan2, "],
+    ),
+    Case(
+        "a layer for a cell",
+        ["--model.cell=torch.nn.Linear", "--model.cell.in_features=3", "--model.cell.out_features=5"],
+        ["model.cell must have state_size, initial_state and forward(x, s), but Linear has no state_size: use "],
+    ),
+    Case(
+        "options of another class",
+        ["--model.cell=LSTM", "--model.cell.num_experts=5"],
+        ["unknown key model.cell.num_experts: LSTM takes"],
+    ),
+    Case(
+        "puzzles for sequences",
+        ["--data=MazeDataModule"],
+        ["data: SequenceModule reads sequences, got puzzles of MazeDataModule"],
+    ),
+    Case(
+        "sequences for puzzles",
+        ["--data=AnBnDataModule"],
+        ["data: ReasoningModule needs a PuzzleDataModule, got AnBnDataModule"],
+        config="bare",
+    ),
+    Case(
+        "readout",
+        ["--model.readout=torch.nn.Identity"],
+        ["model.readout (Identity) returns (5,) values for a state; the data needs (2,)"],
+    ),
+]
+
+
+@table(CASES)
+def test_refused(here: Path, capsys: pytest.CaptureFixture[str], case: Case) -> None:
+    run(case, here, capsys)
+
+
+def test_an_error_beside_a_class_of_the_users_own_module_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "my_callbacks.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n\n\nclass MyOwn(Callback): ...\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    callbacks = ["--trainer.callbacks+=my_callbacks.MyOwn", "--trainer.callbacks+=Freez"]
+    refused(capsys, ["fit", "--config", "config.yaml", *callbacks], ["there is no class Freez", ", MyOwn, "])
+
+
+def test_an_error_that_is_not_understood_is_one_line_too(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(error: BaseException) -> str:
+        raise KeyError(str(error))
+
+    monkeypatch.setattr("rtrl_moe_pl.cli.command_line.one_line", fails)
+    refused(capsys, ["fit", "--config", "config.yaml", "--trainer.max_steps=ten"], ["trainer.max_steps", "ten"])

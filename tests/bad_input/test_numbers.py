@@ -1,0 +1,103 @@
+"""Numbers that are none or out of range, and optimizers and schedules that cannot be used."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.case import Case, run, table
+
+CELL, DATA = "--model.cell", "--data"
+SCHEDULE = "--model.lr_scheduler"
+BIG = "1" + "0" * 400
+CASES = [
+    Case("empty value", [f"{CELL}.hidden_size="], ["model.cell.hidden_size: needs int, got ''"]),
+    Case("a list for a number", [f"{CELL}.hidden_size=[5]"], ["model.cell.hidden_size: needs int, got [5]"]),
+    Case("a truth for a number", [f"{CELL}.hidden_size=true"], ["model.cell.hidden_size: needs int, got True"]),
+    Case("null for a number", [f"{CELL}.hidden_size=null"], ["model.cell.hidden_size: needs int, got None"]),
+    Case("nan for a number", ["--trainer.max_steps=.nan"], ["trainer.max_steps: needs int, got nan"]),
+    Case(
+        "too large",
+        [f"{CELL}.hidden_size={BIG}"],
+        ["model.cell.hidden_size must be below 2^63, got 100000.. (401 digits)"],
+    ),
+    Case(
+        "too many lanes",
+        [f"{DATA}.batch_size={10**18}"],
+        ["GB was asked for at once, more than there is: make the model or"],
+    ),
+    Case(
+        "too long",
+        [f"{DATA}.validation_scales=[{10**30}]"],
+        ["data.validation_scales must be below 2^63, got 100000.. (31 digits)"],
+    ),
+    Case(
+        "too rare updates",
+        [f"--model.update_every={BIG}"],
+        ["model.update_every must be below 2^63, got 100000.. (401"],
+    ),
+    Case(
+        "too large seed",
+        [f"--seed_everything={BIG}"],
+        ["seed_everything must be at least 0 and below 2^32, got 100000.. (401"],
+    ),
+    Case(
+        "too many threads", ["--threads=1000000000"], ["threads must be at least 1 and at most 1024", "got 1000000000"]
+    ),
+    Case(
+        "nan clip",
+        ["--model.gradient_clip=.nan"],
+        ["model.gradient_clip must be positive and finite, or null for none, got nan"],
+    ),
+    Case("nan lr", ["--model.optimizer.lr=.nan"], ["model.optimizer: Invalid learning rate: nan"]),
+    Case("infinite lr", ["--model.optimizer.lr=.inf"], ["model.optimizer.lr must be finite, got inf"]),
+    Case("betas", ["--model.optimizer.betas=[0.9, 2]"], ["model.optimizer: Invalid beta parameter at index 1: 2.0"]),
+    Case("no scales", [f"{DATA}.validation_scales=[]"], ["validation_scales needs at least one factor, got none"]),
+    # optimizers and schedules
+    Case(
+        "LBFGS",
+        ["--model.optimizer=LBFGS"],
+        ["model.optimizer cannot be LBFGS: it computes the loss again within a step; use Adam"],
+    ),
+    Case(
+        "SparseAdam",
+        ["--model.optimizer=SparseAdam"],
+        ["model.optimizer cannot be SparseAdam: it takes sparse gradients alone"],
+    ),
+    Case("Muon", ["--model.optimizer=Muon"], ["model.optimizer: Muon only supports 2D parameters"]),
+    Case(
+        "CombinedOptimizer",
+        ["--model.optimizer=CombinedOptimizer"],
+        ["model.optimizer: optimizers: CombinedOptimizer is made of optimizers"],
+    ),
+    Case(
+        "optimizers offered",
+        ["--model.optimizer=Adm"],
+        ["give AdamATan2, SignSGD, ASGD, ", "NAdam, RAdam, RMSprop, Rprop, SGD, or the full path"],
+    ),
+    Case(
+        "schedules offered",
+        [f"{SCHEDULE}=Warm"],
+        ["give Warmup, ConstantLR, ", "SWALR, StepLR, or the full path of another"],
+    ),
+    Case("no schedule", [f"{SCHEDULE}=LRScheduler"], ["model.lr_scheduler: NotImplementedError"]),
+    Case(
+        "step of 0",
+        [f"{SCHEDULE}=StepLR", f"{SCHEDULE}.step_size=0"],
+        ["model.lr_scheduler.step_size must be at least 1, got 0"],
+    ),
+    Case(
+        "cosine of 0",
+        [f"{SCHEDULE}=CosineAnnealingLR", f"{SCHEDULE}.T_max=0"],
+        ["model.lr_scheduler.T_max must be at least 1, got 0"],
+    ),
+    Case(
+        "negative warm-up",
+        [f"{SCHEDULE}=Warmup", f"{SCHEDULE}.warmup_steps=-1"],
+        ["model.lr_scheduler.warmup_steps must be at least 0, got -1"],
+    ),
+]
+
+
+@table(CASES)
+def test_refused(here: Path, capsys: pytest.CaptureFixture[str], case: Case) -> None:
+    run(case, here, capsys)

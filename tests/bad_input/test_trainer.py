@@ -1,0 +1,146 @@
+"""Options of Trainer, callbacks, loggers and checkpoints, and of the commands beside fit."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.case import Case, run, table
+
+DATA, GRADIENT = "--data", "--model.gradient"
+CASES = [
+    # the trainer
+    Case(
+        "steps of trainer",
+        ["--trainer.max_steps=-5"],
+        ["trainer.max_steps: `max_steps` must be a non-negative integer or -1"],
+    ),
+    Case(
+        "epochs", ["--trainer.max_epochs=-3"], ["trainer.max_epochs: `max_epochs` must be a non-negative integer or -1"]
+    ),
+    Case("logs", ["--trainer.log_every_n_steps=-1"], ["trainer.log_every_n_steps must be at least 0, got -1"]),
+    Case("sanity", ["--trainer.num_sanity_val_steps=-5"], ["trainer.num_sanity_val_steps must be at least -1, got -5"]),
+    Case(
+        "interval 0",
+        ["--trainer.val_check_interval=0"],
+        ["trainer.val_check_interval must be above 0, got 0: to switch validation off"],
+    ),
+    Case(
+        "epochs 0", ["--trainer.check_val_every_n_epoch=0"], ["trainer.check_val_every_n_epoch must be above 0, got 0"]
+    ),
+    Case(
+        "interval 2.5",
+        ["--trainer.val_check_interval=2.5"],
+        ["trainer.val_check_interval: You have passed invalid value 2.5"],
+    ),
+    Case(
+        "interval 100",
+        ["--trainer.val_check_interval=100"],
+        ["`val_check_interval` (100) must be less than or equal to"],
+    ),
+    Case(
+        "limit", ["--trainer.limit_train_batches=-1"], ["trainer.limit_train_batches: You have passed invalid value -1"]
+    ),
+    Case("devices 0", ["--trainer.devices=0"], ["trainer.devices: `Trainer(devices='0')` value is not a valid input"]),
+    Case("no devices", ["--trainer.devices="], ["trainer.devices: needs a number, a list of indices, or auto, got ''"]),
+    Case("nodes", ["--trainer.num_nodes=0"], ["trainer.num_nodes: `num_nodes` must be a positive integer, but got 0"]),
+    Case(
+        "accelerator",
+        ["--trainer.accelerator=abacus"],
+        ["trainer.accelerator: You selected an invalid accelerator name"],
+    ),
+    Case("strategy", ["--trainer.strategy=dppp"], ["trainer.strategy: You selected an invalid strategy name"]),
+    Case("precision", ["--trainer.precision=8"], ["trainer.precision: needs one of 64, 32, 16 or one of", "got 8"]),
+    Case("time", ["--trainer.max_time=soon"], ["trainer.max_time: `Timer(duration='soon')` is not a valid duration"]),
+    Case(
+        "profiler",
+        ["--trainer.profiler=xx"],
+        ["trainer.profiler: ", "can only be one of ['simple', 'advanced', 'pytorch', 'xla']"],
+    ),
+    # callbacks, loggers and checkpoints
+    Case(
+        "a number for a callback",
+        ["--trainer.callbacks=[3]"],
+        ["trainer.callbacks: needs the name of a class, ", "got [3]"],
+    ),
+    Case(
+        "tuner",
+        ["--trainer.callbacks+=BatchSizeFinder"],
+        ["trainer.callbacks: BatchSizeFinder does not work with hand-written"],
+    ),
+    Case(
+        "cell without slots",
+        ["--trainer.callbacks+=RoutingPicture"],
+        ["RoutingPicture needs a cell that chooses slots, such as", "got GRU"],
+    ),
+    Case(
+        "data without puzzles",
+        ["--trainer.callbacks+=PuzzlePicture"],
+        ["PuzzlePicture needs a PuzzleDataModule, got AnBnDataModule"],
+    ),
+    Case(
+        "freeze of nothing",
+        ["--trainer.callbacks+=Freeze", "--trainer.callbacks.part=x"],
+        ["Freeze: no parameter's name begins with part='x'"],
+    ),
+    Case(
+        "decay",
+        ["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=.nan"],
+        ["trainer.callbacks.decay must be at least 0 and below 1, got nan"],
+    ),
+    Case(
+        "logs beneath a file",
+        ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=config.yaml/x"],
+        ["trainer.logger.save_dir: cannot write to config.yaml/x: config.yaml is a file"],
+    ),
+    Case(
+        "checkpoints beneath a file",
+        ["--checkpoint.dirpath=config.yaml/x"],
+        ["checkpoint.dirpath: cannot write to config.yaml/x: config.yaml is a file"],
+    ),
+    Case(
+        "name of a checkpoint",
+        ["--checkpoint.filename={x"],
+        ["checkpoint.filename: '{x' is no name with {figure} or {figure:.2f} in it"],
+    ),
+    Case(
+        "format of a figure",
+        ["--checkpoint.filename={step:q}"],
+        ["checkpoint.filename: '{step:q}' is no name", "Unknown format code 'q'"],
+    ),
+    Case(
+        "best of none",
+        ["--checkpoint.monitor=null", "--checkpoint.save_top_k=3"],
+        ["checkpoint: ModelCheckpoint(save_top_k=3, monitor=None) is not"],
+    ),
+    # other commands
+    Case(
+        "validation set", [f"{DATA}.validation_size=0"], ["data.validation_size must be at least 1, got 0"], "validate"
+    ),
+    Case("verbosity", ["--verbose=x"], ["verbose: needs bool, got x"], "test"),
+    Case(
+        "batches of prediction",
+        [f"{DATA}.validation_batch_size=0"],
+        ["data.validation_batch_size must be at least 1"],
+        "predict",
+    ),
+    Case("steps of audit", ["--steps=many"], ["steps: needs int, got many"], "audit"),
+    Case("no steps of audit", ["--steps=-5"], ["--steps must be at least 1, got -5"], "audit"),
+    Case(
+        "too few steps of audit",
+        ["--steps=1"],
+        ["--steps 1: nothing to compare, BPTT gives no parameter a gradient"],
+        "audit",
+    ),
+    Case(
+        "audit of an algorithm",
+        [f"{GRADIENT}=BlockRTRL"],
+        ["BlockRTRL needs a cell that chooses slots", "GRU is none"],
+        "audit",
+    ),
+    Case("audit of puzzles", [], ["audit needs a SequenceModule and data, got ReasoningModule"], "audit", "reasoning"),
+]
+
+
+@table(CASES)
+def test_refused(here: Path, capsys: pytest.CaptureFixture[str], case: Case) -> None:
+    run(case, here, capsys)
