@@ -79,11 +79,9 @@ NO_CHECKPOINT = pytest.mark.xfail(reason="told from a damaged one in training/ch
         pytest.param(lambda path: path.write_bytes(pickle.dumps({"state_dict": {}})), CORRUPT, id="pickle"),
         pytest.param(lambda path: torch.save({"state_dict": {}, "at": Path()}, path), CORRUPT, id="objects"),
         pytest.param(archived, CORRUPT, id="archive"),
-        pytest.param(folder, "is a folder", id="folder", marks=NO_CHECKPOINT),
-        pytest.param(
-            lambda path: torch.save(torch.ones(3), path), "is no checkpoint", id="tensor", marks=NO_CHECKPOINT
-        ),
-        pytest.param(lambda path: torch.save({"model": {}}, path), "is no checkpoint", id="model", marks=NO_CHECKPOINT),
+        pytest.param(folder, "is a folder", id="folder"),
+        pytest.param(lambda path: torch.save(torch.ones(3), path), "is no checkpoint", id="tensor"),
+        pytest.param(lambda path: torch.save({"model": {}}, path), "is no checkpoint", id="model"),
         pytest.param(
             lambda path: torch.save({"state_dict": {}}, path), "is no checkpoint", id="weights", marks=NO_CHECKPOINT
         ),

@@ -121,7 +121,7 @@ CASES = [
     Case(
         "a layer for a cell",
         ["--model.cell=torch.nn.Linear", "--model.cell.in_features=3", "--model.cell.out_features=5"],
-        ["model.cell must have state_size, initial_state and forward(x, s), but Linear has no state_size: use "],
+        ["model: Linear is no cell: it has no state_size and no initial_state; a cell has state_size, "],
     ),
     Case(
         "options of another class",

@@ -101,6 +101,7 @@ CASES = [
         ["trainer.accumulate_grad_batches=2", "model.update_every"],
     ),
     Case("float16", ["--trainer.precision", "16-mixed"], ["trainer.precision=16-mixed", "bf16-mixed"]),
+    Case("bf16-true", ["--trainer.precision", "bf16-true"], ["trainer.precision=bf16-true", "32-true"]),
     Case("gradient_clip 0", ["--model.gradient_clip", "0"], ["gradient_clip must be positive", "got 0"]),
     Case("update_every 0", ["--model.update_every", "0"], ["model.update_every must be at least 1", "got 0"]),
     Case(

@@ -137,7 +137,8 @@ CASES = [
         ["BlockRTRL needs a cell that chooses slots", "GRU is none"],
         "audit",
     ),
-    Case("audit of puzzles", [], ["audit needs a SequenceModule and data, got ReasoningModule"], "audit", "reasoning"),
+    Case("no steps of forecast", ["--steps=0"], ["--steps must be at least 1, got 0"], "forecast"),
+    Case("forecast of an algorithm", [f"{GRADIENT}=LazyExpertRTRL"], ["GRU is none"], "forecast"),
 ]
 
 
