@@ -25,7 +25,7 @@ import rtrl_moe_pl.reasoning  # noqa: F401
 from rtrl_moe_pl.cli.checks import check_options, check_pair
 from rtrl_moe_pl.cli.diagnosis import DiagnosisTrainer
 from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
-from rtrl_moe_pl.cli.processes import count_processes, require_all
+from rtrl_moe_pl.cli.processes import count_processes, require_all, resolve_last
 from rtrl_moe_pl.cli.streams import read, warnings_in_one_line
 from rtrl_moe_pl.cli.summary import SaveConfig
 from rtrl_moe_pl.cli.tf32 import set_tf32, tf32_restored
@@ -41,13 +41,14 @@ from rtrl_moe_pl.modules.base import refuse_half
 from rtrl_moe_pl.modules.pretrained import load_pretrained
 from rtrl_moe_pl.modules.puzzle_writer import PuzzleWriter
 from rtrl_moe_pl.training.callbacks import Bar, BestCheckpoint, PredictionWriter
-from rtrl_moe_pl.training.checkpoints import newest_readable, require_readable, require_writable
+from rtrl_moe_pl.training.checkpoints import require_readable, require_writable
 from rtrl_moe_pl.training.last_checkpoint import Interrupted, LastCheckpoint
 from rtrl_moe_pl.training.run_folder import RunLogger
 from rtrl_moe_pl.training.strategy import require_broadcast
 
 # Lightning's, about what is meant here: data made on the device, one folder per run, figures every few batches, saving
-# after the step. Of a figure that is not known when a checkpoint is due, `BestCheckpoint` warns at the end.
+# after the step; callbacks that only training has. Of a figure that is not known when a checkpoint is due,
+# `BestCheckpoint` warns at the end.
 IGNORED_WARNINGS = (
     "does not have many workers",
     "The dirpath has changed from",
@@ -56,6 +57,7 @@ IGNORED_WARNINGS = (
     "LightningCLI's args parameter",
     "Using ModelCheckpoint with manual optimization",
     "could not find the monitored key",
+    "Be aware that when using `ckpt_path`",
 )
 LINKS = (
     ("data.input_size", "model.init_args.cell.init_args.input_size"),
@@ -141,8 +143,7 @@ class CommandLine(LightningCLI):
         if self.config.subcommand in WITH_CHECKPOINT and not remote:
             require_writable(Path(root))
             if config.ckpt_path == "last":
-                config.ckpt_path = str(newest_readable(Path(root), resumable=self.config.subcommand == "fit"))
-                print(f"--ckpt_path last: {config.ckpt_path}")
+                config.ckpt_path = resolve_last(Path(root), resumable=self.config.subcommand == "fit")
             elif config.ckpt_path is not None and "://" not in config.ckpt_path:
                 require_readable(Path(config.ckpt_path))
 

@@ -1,12 +1,33 @@
-"""How many processes a run is of."""
+"""How many processes a run is of, and what they have to agree on before they can talk."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+
+from rtrl_moe_pl.training.checkpoints import newest_readable
+
+LAST = "RTRL_MOE_PL_LAST"  # environment variable: the checkpoint that the first process took for the last
+
+
+def resolve_last(root: Path, resumable: bool) -> str:
+    """The checkpoint that ``--ckpt_path last`` means: the same for a process and those that it starts.
+
+    Each by itself could find another, while a second run writes into the same folder. Processes that torchrun or srun
+    started look by themselves.
+    """
+    if rank_zero_only.rank != 0 and LAST in os.environ:
+        return os.environ[LAST]
+    found = os.environ[LAST] = str(newest_readable(root, resumable))
+    if rank_zero_only.rank == 0:
+        print(f"--ckpt_path last: {found}")
+    return found
 
 
 def count_processes(trainer: Any) -> int:

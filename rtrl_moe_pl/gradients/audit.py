@@ -13,7 +13,7 @@ from rtrl_moe_pl.gradients.base import GradientAlgorithm, named_parameters
 from rtrl_moe_pl.gradients.memory import Memory
 from rtrl_moe_pl.gradients.reverse import BPTT
 from rtrl_moe_pl.gradients.sequence import sequence_gradient
-from rtrl_moe_pl.gradients.windows import LossFunction, Targets, slice_time
+from rtrl_moe_pl.gradients.windows import LossFunction, Targets, slice_time, unroll
 
 EXACT_TOLERANCE = 1e-9
 
@@ -107,6 +107,8 @@ def audit_gradient(
             f"an audit over {steps} steps says nothing about {algorithm}: within one window every algorithm equals "
             f"BPTT; give at least {algorithm.window + 1} steps"
         )
+    algorithm = copy.copy(algorithm)
+    algorithm.unroll = unroll  # of the copies nothing is compiled, and what training has compiled is left alone
     # one copy, so that tensors shared by cell and readout stay shared
     modules = copy.deepcopy(nn.ModuleDict({"cell": cell, "readout": readout})).double().eval()
     cell, readout = modules["cell"], modules["readout"]

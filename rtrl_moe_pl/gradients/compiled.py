@@ -28,7 +28,7 @@ class CompiledUnroll:
         window: steps that are mostly asked for at a time, cut into equal graphs of at most 16 steps; None: 16.
         backend: of torch.compile.
 
-    Cost: compiling takes 5 to 30 s, for windows with and without starts, and again for another batch size.
+    Cost: compiling takes 10 to 100 s, for windows with and without starts, and again for another batch size.
     """
 
     def __init__(self, window: int | None = None, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -213,6 +213,7 @@ class ManualModule(LightningModule):
         checkpoint |= describe(next(iter(self.trainer.optimizers), None), next(iter(schedulers), None))  # type: ignore[arg-type]
         checkpoint[PER_RANK] = {
             "world_size": self.trainer.world_size,
+            "global_step": self.trainer.global_step,
             "carry": self.carry_state(),
             "sums": self._sums.state_dict(),
         }

@@ -80,14 +80,15 @@ class Watch(Callback):
 
 
 def vector(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """All that are trained, [n]; a copy."""
-    return torch.cat([p.detach().flatten() for p in parameters if p.requires_grad])
+    """All that are trained, [n]; a copy. Of none, as where all are frozen, [0]."""
+    trained = [p.detach().flatten() for p in parameters if p.requires_grad]
+    return torch.cat(trained) if trained else torch.zeros(0)
 
 
 def movement(new: Tensor, old: Tensor) -> float:
-    """|new - old| / |new|; infinite for new weights of zero."""
+    """|new - old| / |new|; infinite for new weights of zero, and 0 if they were that before."""
     moved, size = torch.stack([(new - old).norm(), new.norm()]).tolist()
-    return moved / size if size else math.inf
+    return moved / size if size else math.inf * moved if moved else 0.0
 
 
 def some(names: Sequence[object]) -> str:
@@ -125,7 +126,7 @@ class GrowthWatch(Watch):
         memory = getattr(module, "memory", None)
         if memory is None:
             return
-        lanes, size = memory.state.shape
+        lanes, size = memory.state.shape[0] * trainer.world_size, memory.state.shape[1]  # figures are of all lanes
         entries = {"state": size, "influence": lanes * size * sum(s.numel() for s in memory.base.shapes.values())}
         for name, limit in self.limits.items():
             norm = float(module.figures[f"train/{name}_norm"])

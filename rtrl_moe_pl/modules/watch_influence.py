@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from rtrl_moe_pl.cells.base import at_least, positive
-from rtrl_moe_pl.gradients import audit_gradient
+from rtrl_moe_pl.gradients import MemoryForecastError, audit_gradient
 from rtrl_moe_pl.modules.watch import Watch, movement, vector
 
 EXACT = 0.999  # cosine that an exact algorithm must reach: in float64 it is off by 1e-9 or less
@@ -39,7 +39,7 @@ class StalenessWatch(Watch):
         is pending.
     """
 
-    kept = ("_started", "_stale", "_weights")
+    kept = ("_count", "_last", "_stale", "_weights")
 
     def __init__(self, threshold: float = 0.2, decay: float = 1.0, reset_every: int | None = None) -> None:
         self.threshold = positive("threshold", threshold)
@@ -53,7 +53,8 @@ class StalenessWatch(Watch):
         self._updates = trainer.global_step
 
     def begin(self) -> None:
-        self._started: list[Tensor] = []  # [B] bool each, which lanes did in the batches since the last look
+        self._count = 0  # batches since the last look
+        self._last: Tensor | None = None  # [B], the number of the batch of a lane's last start among them; 0: none
         self._stale: Tensor | None = None  # [B]
         self._weights: Tensor | None = None  # at the last look
 
@@ -71,21 +72,20 @@ class StalenessWatch(Watch):
                 started = torch.ones_like(started)
             elif self.decay < 1:
                 memory.scale_influence_(self.decay)
-        if self._started and len(self._started[0]) != len(started):  # other lanes, which all start
-            self._started = []
-        self._started.append(started)
+        if self._last is None or len(self._last) != len(started):  # other lanes, which all start
+            self._count, self._last = 0, torch.zeros_like(started, dtype=torch.long)
+        self._count += 1
+        self._last = torch.where(started, self._count, self._last)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def look(self, trainer: Trainer, module: Any) -> None:
-        started = torch.stack(self._started)  # [batches, B]
+        count, last = self._count, self._last
+        assert last is not None
         weights, updates = vector(module.cell.parameters()), trainer.global_step - self.step_seen
         old = self._stale
-        if old is None or len(old) != started.shape[1]:
-            old = started.new_zeros(started.shape[1], dtype=torch.float64)
+        if old is None or len(old) != len(last):
+            old = torch.zeros_like(last, dtype=torch.float64)
         if self._weights is not None and len(weights) == len(self._weights):
-            count = len(started)
-            number = torch.arange(1, count + 1, device=started.device)[:, None]
-            last = (started * number).amax(0)  # [B], the batch of a lane's last start; 0: none
             each = movement(weights, self._weights) / max(1, updates)
             recent = updates * (count - last) / count  # [B], updates since then
             if self.decay < 1:
@@ -101,7 +101,7 @@ class StalenessWatch(Watch):
                     "try a smaller learning rate, a larger model.update_every, shorter sequences, or StalenessWatch "
                     "with a decay below 1",
                 )
-        self._weights, self._started = weights, []
+        self._weights, self._count, self._last = weights, 0, torch.zeros_like(last)
 
 
 class ProbeWatch(Watch):
@@ -158,9 +158,13 @@ class ProbeWatch(Watch):
         inputs, labels, weights = (torch.cat(pieces, 1) for pieces in list(zip(*parts, strict=True))[:3])
         starts = None if parts[0][3] is None else torch.cat([part[3] for part in parts], 1)
         with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
-            report = audit_gradient(
-                module.gradient, module.cell, module.readout, inputs, (labels, weights), module.loss, starts
-            )
+            try:
+                report = audit_gradient(
+                    module.gradient, module.cell, module.readout, inputs, (labels, weights), module.loss, starts
+                )
+            except MemoryForecastError as error:
+                self.warn(trainer, "memory", f"no probe is made: in float64, beside training, {error}")
+                return
         if math.isnan(report.cosine):
             return
         module.log("train/probe_cosine", report.cosine, rank_zero_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import tempfile
@@ -48,7 +49,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 "checkpoints are untouched: make room and go on with --ckpt_path last"
             ) from error
         finally:
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is none, or no folder for it
+                unfinished.unlink()
 
 
 def flush_folder(folder: Path) -> None:
@@ -115,8 +117,10 @@ def _fault(path: Path, resumable: bool = False) -> str | None:
     checkpoint = _read(path)
     if isinstance(checkpoint, str):
         return checkpoint
-    if not (isinstance(checkpoint, dict) and "state_dict" in checkpoint):
-        return "is no checkpoint of a training: it holds no state_dict"
+    held = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = [key for key in ("state_dict", "pytorch-lightning_version") if not held.get(key)]
+    if missing:
+        return f"is no checkpoint of a training: it holds no {missing[0]}"
     if resumable and "optimizer_states" not in checkpoint:
         return "holds weights alone (save_weights_only), no training can go on from it"
     for rank in range(1, checkpoint.get(PER_RANK, {}).get("world_size", 1)):
@@ -124,6 +128,8 @@ def _fault(path: Path, resumable: bool = False) -> str | None:
         part = _read(shard) if shard.is_file() else MISSING
         if isinstance(part, str):
             return f"is incomplete: its shard {shard.name} {part}"
+        if part[PER_RANK].get("global_step") != checkpoint[PER_RANK].get("global_step"):
+            return f"is incomplete: its shard {shard.name} is of another step"
     return None
 
 

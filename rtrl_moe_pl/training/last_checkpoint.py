@@ -20,6 +20,7 @@ from rtrl_moe_pl.cells.base import at_least, positive
 from rtrl_moe_pl.training.failure import NumericalFailure
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+BATCH = "batch"  # batches done, which may make no optimizer step
 CLOCK = 1  # no signal that is caught here has this number
 
 
@@ -42,8 +43,8 @@ class LastCheckpoint(ModelCheckpoint):
     They are saved after every validation and at the end, whatever the accuracy (the best has its own callback); after
     the first batch that ends ``minutes`` after the one before; after the last whole batch if something else fails
     between two (one process only: several may be at different steps); and on SIGTERM and SIGINT (Ctrl-C), which end the
-    run after the batch or validation at hand. A second SIGINT ends it at once, without saving. Several processes agree
-    after every batch: a signal to one of them stops all.
+    run after the batch or validation at hand. A SIGINT after it ends it at once, without saving. Several processes
+    agree after every batch: a signal to one of them stops all.
 
     Args:
         keep: how many, at least 1.
@@ -59,7 +60,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(
             filename="last-step{step}",
             auto_insert_metric_name=False,
-            monitor="step",  # the newest are the best
+            monitor=BATCH,  # the newest are the best
             mode="max",
             save_top_k=at_least(1, "keep", keep),
             save_last="link",
@@ -68,6 +69,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._told = 0  # the signal that came to this process
         self._due = 0  # the highest on any process: a signal, CLOCK, or nothing
         self._saved = time.monotonic()
+        self._saved_batch = 0
         self._handlers: dict[int, Any] = {}  # those of before
 
     # ---- signals
@@ -142,7 +144,15 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        self._saved = time.monotonic()
+        self._saved, self._saved_batch = time.monotonic(), _batches(trainer)
+
+    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
+        # Lightning saves no two of one optimizer step, whatever was summed and carried in between.
+        self._last_global_step_saved = trainer.global_step if self._saved_batch == _batches(trainer) else -1
+        return super()._should_skip_saving_checkpoint(trainer)
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, torch.Tensor]:
+        return {**super()._monitor_candidates(trainer), BATCH: torch.tensor(_batches(trainer))}
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
@@ -153,6 +163,11 @@ class LastCheckpoint(ModelCheckpoint):
             unfinished.symlink_to(os.path.relpath(filepath, link.parent))
             unfinished.replace(link)
         trainer.strategy.barrier()
+
+
+def _batches(trainer: Trainer) -> int:
+    """Batches behind, that of a hook at its end counted in."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
 
 def _is_last_batch(trainer: Trainer) -> bool:

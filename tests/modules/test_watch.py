@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from rtrl_moe_pl.cells import GRU, LSTM, RecurrentMoE, VanillaRNN
@@ -23,6 +24,7 @@ from rtrl_moe_pl.modules import (
     UpdateSizeWatch,
 )
 from rtrl_moe_pl.modules.watch import Watch
+from rtrl_moe_pl.training import Freeze
 from tests.modules.helpers import Figures, data, module, trainer
 from tests.training.small_run import Tables
 
@@ -36,7 +38,7 @@ def built(cell: Any, gradient: Any = None, **options: Any) -> SequenceModule:
     return SequenceModule(cell, 2, gradient or RTRL(window=4), **options)
 
 
-def warned(folder: Path, model: SequenceModule, *watches: Watch, source: Any = None, **options: Any) -> list[str]:
+def warned(folder: Path, model: SequenceModule, *watches: Callback, source: Any = None, **options: Any) -> list[str]:
     """The warnings of a run."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -122,10 +124,10 @@ def test_a_large_state_is_warned_of(tmp_path: Path) -> None:
     assert any("train/state_norm is" in text and "above 100" in text for text in found)
 
 
-def growth_of(sizes: list[float], **options: Any) -> list[str]:
+def growth_of(sizes: list[float], ranks: int = 1, **options: Any) -> list[str]:
     """What a GrowthWatch says of influence norms of a matrix of one entry."""
     watch, model = GrowthWatch(**options), module()
-    run: Any = SimpleNamespace(global_step=7, is_global_zero=True)
+    run: Any = SimpleNamespace(global_step=7, is_global_zero=True, world_size=ranks)
     watch.setup(run, model, "fit")
     watch.on_train_start(run, model)
     shapes = {"p": torch.Size([])}
@@ -147,14 +149,23 @@ def test_steady_growth_is_warned_of_and_a_peak_is_not() -> None:
     assert growth_of([1, 1, 1, 300, 300, 300], looks=6, factor=1000) == []
 
 
+def test_the_norm_of_the_lanes_of_four_processes_is_of_four_times_the_entries() -> None:
+    assert len(growth_of([1500])) == 1
+    assert growth_of([1500], ranks=4) == []
+
+
 # ---- updates
 
 
 @pytest.mark.parametrize(("lr", "says"), [(1e4, "above 0.1: try a smaller"), (1e-12, "below 1e-07: nothing is")])
 def test_updates_that_are_too_large_or_too_small_are_warned_of(tmp_path: Path, lr: float, says: str) -> None:
     [text] = warned(tmp_path, module(optimizer=sgd(lr)), UpdateSizeWatch())
-    assert "step 5: train/update_size was" in text or lr > 1
+    assert text.startswith("step 5: train/update_size was")
     assert says in text
+
+
+def test_frozen_weights_are_no_fault_of_a_watch(tmp_path: Path) -> None:
+    assert warned(tmp_path, module(), *defaults(), Freeze("cell")) == []
 
 
 class Weights(Figures):

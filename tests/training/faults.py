@@ -12,13 +12,13 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Fault(Callback):
-    """At the third batch of one rank: it raises, is killed, or (with another rank's fault beside it) never goes on."""
+    """At a batch of one rank, by default the third, it raises, is killed, or stalls (beside another rank's fault)."""
 
-    def __init__(self, rank: int, what: Literal["raise", "kill", "stall"]) -> None:
-        self.rank, self.what = rank, what
+    def __init__(self, rank: int, what: Literal["raise", "kill", "stall"], batch: int = 2) -> None:
+        self.rank, self.what, self.batch = rank, what, batch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_rank == self.rank and batch_idx == 2:
+        if trainer.global_rank == self.rank and batch_idx == self.batch:
             if self.what == "raise":
                 raise ValueError(f"the data of rank {self.rank} cannot be read")
             if self.what == "kill":

@@ -98,11 +98,14 @@ def test_a_run_goes_on_from_whole_states_and_not_from_weights_alone(tmp_path: Pa
 def test_a_checkpoint_without_the_shard_of_a_rank_is_not_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     torch.save({"state_dict": {}, PER_RANK: {"world_size": 3}}, path)
-    torch.save({}, tmp_path / "a.ckpt.rank1")
+    torch.save({PER_RANK: {}}, tmp_path / "a.ckpt.rank1")
     with pytest.raises(ValueError, match=r"a\.ckpt is incomplete: its shard a\.ckpt\.rank2 does not exist"):
         require_readable(path)
-    torch.save({}, tmp_path / "a.ckpt.rank2")
+    torch.save({PER_RANK: {}}, tmp_path / "a.ckpt.rank2")
     require_readable(path)
+    torch.save({PER_RANK: {"global_step": 4}}, tmp_path / "a.ckpt.rank2")
+    with pytest.raises(ValueError, match=r"its shard a\.ckpt\.rank2 is of another step"):
+        require_readable(path)
     empty(tmp_path / "a.ckpt.rank1")
     with pytest.raises(ValueError, match=r"its shard a\.ckpt\.rank1 is truncated or corrupt"):
         require_readable(path)

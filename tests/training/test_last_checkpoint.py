@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.modules import SequenceModule
-from rtrl_moe_pl.training.checkpoints import newest_readable
+from rtrl_moe_pl.training.checkpoints import PER_RANK, newest_readable
 from rtrl_moe_pl.training.last_checkpoint import SIGNALS, Interrupted, LastCheckpoint
 from tests.modules.helpers import data, module, trainer
 from tests.modules.test_resume import final
@@ -114,6 +114,16 @@ def test_after_an_exception_the_last_whole_batch_is_kept(tmp_path: Path, hook: s
     with pytest.raises(RuntimeError, match="something else"):
         fit(tmp_path, At(batch, fail, hook), LastCheckpoint())
     assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == f"last-step{saved}.ckpt"
+
+
+def test_batches_that_make_no_optimizer_step_are_saved_too(tmp_path: Path) -> None:
+    """What they summed and carried would be lost: three batches, and an update after every ten."""
+    model = module(update_every=10)
+    run = trainer(tmp_path, callbacks=[LastCheckpoint()], enable_checkpointing=True, max_steps=-1, max_epochs=1)
+    run.fit(model, datamodule=data(batches_per_epoch=3))
+    saved = torch.load(newest_readable(tmp_path))
+    assert saved["global_step"] == 0
+    assert saved[PER_RANK]["sums"]["batches"] == 3
 
 
 def test_options_out_of_range() -> None:

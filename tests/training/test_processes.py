@@ -105,6 +105,7 @@ def test_torchrun_equals_one_process(here: Path) -> None:
     ("faults", "status", "lines"),
     [
         (["raise 1"], 1, ["error (rank 1): the data of rank 1 cannot be read", "error: another process of this run"]),
+        (["raise 1 0"], 1, ["error (rank 1): the data of rank 1 cannot be read", "error: another process of this run"]),
         (["raise 0"], 1, ["error: the data of rank 0 cannot be read"]),  # the other's comes when this one is gone
         (["kill 1"], 1, ["error: another process of this run has ended"]),
         (["kill 0", "stall 1"], -9, ["error: the process that started this one has ended"]),
@@ -117,9 +118,10 @@ def test_a_lost_process_ends_the_run(here: Path, faults: list[str], status: int,
     """
     options = []
     for fault in faults:
-        what, rank = fault.split()
+        what, rank, *batch = fault.split()
         options += ["--trainer.callbacks+", "tests.training.faults.Fault"]
         options += ["--trainer.callbacks.rank", rank, "--trainer.callbacks.what", what]
+        options += [argument for number in batch for argument in ("--trainer.callbacks.batch", number)]
     done = start(*TWO, *options, "--trainer.max_steps", "-1", "--trainer.max_epochs", "1000")
     assert done.returncode == status, done.stderr[-3000:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
