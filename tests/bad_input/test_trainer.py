@@ -138,7 +138,6 @@ CASES = [
         "audit",
     ),
     Case("no steps of forecast", ["--steps=0"], ["--steps must be at least 1, got 0"], "forecast"),
-    Case("forecast of an algorithm", [f"{GRADIENT}=LazyExpertRTRL"], ["GRU is none"], "forecast"),
 ]
 
 

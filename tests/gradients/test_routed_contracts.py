@@ -163,6 +163,8 @@ def test_bad_input() -> None:
         ValueError, match=r"BlockRTRL needs a cell that chooses slots .* GRU is none: use RTRL\(window=4\)"
     ):
         BlockRTRL(window=4).init(gru, 1)
+    with pytest.raises(ValueError, match=r"LazyExpertRTRL needs a cell that chooses slots .* GRU is none"):
+        LazyExpertRTRL(window=4).forecast(gru, 1, torch.float32, 8)
     with pytest.raises(ValueError, match=r"Stack is none: use RTRL\(window=4\)"):
         LazyExpertRTRL(window=4).init(Stack([moe]), 1)
 
