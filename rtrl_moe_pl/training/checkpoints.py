@@ -7,7 +7,7 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 # What a checkpoint holds besides what is equal on all ranks: the carry of a module (see modules.base).
 PER_RANK = "rtrl_moe_pl_per_rank"
 MISSING = "does not exist"
+WEIGHTS = ("state_dict",)
+WHOLE = (*WEIGHTS, "pytorch-lightning_version")  # what Lightning needs
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -63,18 +65,20 @@ def flush_folder(folder: Path) -> None:
 
 
 def require_readable(path: Path, option: str = "--ckpt_path") -> None:
-    """Raise ValueError or FileNotFoundError, in one line, unless the file is a whole Lightning checkpoint.
+    """Raise ValueError or FileNotFoundError, in one line, unless the file is a whole Lightning checkpoint
+    (of another option than --ckpt_path: unless it holds a state_dict).
 
     Of several processes' checkpoint, their shards too. Cost: it is read once, for its checksums.
     """
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder: give a checkpoint, or last for the newest one")
-    fault = _fault(path)
+    needed = WHOLE if option == "--ckpt_path" else WEIGHTS
+    fault = _fault(path, needed)
     if fault is None:
         return
     if fault == MISSING:
         raise FileNotFoundError(f"{option}: there is no file {path}")
-    others = (other for other in _newest_first(path.parent.glob("*.ckpt")) if _fault(other) is None)
+    others = (other for other in _newest_first(path.parent.glob("*.ckpt")) if _fault(other, needed) is None)
     whole = next(others, None)
     raise ValueError(f"{option}: {path} {fault}" + (f"; the newest whole one beside it is {whole}" if whole else ""))
 
@@ -90,9 +94,10 @@ def newest_readable(folder: Path, resumable: bool = False) -> Path:
         FileNotFoundError: if there is none: training never restarts from scratch in silence.
     """
     found = [path for path in _newest_first(folder.glob("**/*.ckpt")) if not path.is_symlink()]
+    needed = (*WHOLE, "optimizer_states") if resumable else WHOLE
     faults: list[str] = []
     for path in found:
-        fault = _fault(path, resumable)
+        fault = _fault(path, needed)
         if fault is None:
             for passed in faults:
                 rank_zero_warn(f"--ckpt_path last: {passed}: passed over, an older one is taken")
@@ -110,19 +115,17 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
     return sorted(present, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
-def _fault(path: Path, resumable: bool = False) -> str | None:
-    """What is wrong with a checkpoint, beginning with a verb; None if nothing is."""
+def _fault(path: Path, needed: Sequence[str]) -> str | None:
+    """What is wrong with a checkpoint that has to hold something, beginning with a verb; None if nothing is."""
     if not path.is_file():
         return MISSING
     checkpoint = _read(path)
     if isinstance(checkpoint, str):
         return checkpoint
     held = checkpoint if isinstance(checkpoint, dict) else {}
-    missing = [key for key in ("state_dict", "pytorch-lightning_version") if not held.get(key)]
+    missing = [key for key in needed if held.get(key) is None]
     if missing:
         return f"is no checkpoint of a training: it holds no {missing[0]}"
-    if resumable and "optimizer_states" not in checkpoint:
-        return "holds weights alone (save_weights_only), no training can go on from it"
     for rank in range(1, checkpoint.get(PER_RANK, {}).get("world_size", 1)):
         shard = shard_of(path, rank)
         part = _read(shard) if shard.is_file() else MISSING

@@ -70,7 +70,6 @@ def folder(path: Path) -> None:
 
 
 CORRUPT = "is truncated or corrupt"
-NO_CHECKPOINT = pytest.mark.xfail(reason="told from a damaged one in training/checkpoints.py", strict=False)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +85,8 @@ NO_CHECKPOINT = pytest.mark.xfail(reason="told from a damaged one in training/ch
         pytest.param(folder, "is a folder", id="folder"),
         pytest.param(lambda path: torch.save(torch.ones(3), path), "is no checkpoint", id="tensor"),
         pytest.param(lambda path: torch.save({"model": {}}, path), "is no checkpoint", id="model"),
-        pytest.param(
-            lambda path: torch.save({"state_dict": {}}, path), "is no checkpoint", id="weights", marks=NO_CHECKPOINT
-        ),
-        pytest.param(
-            lambda path: torch.save({"state_dict": None}, path), "is no checkpoint", id="none", marks=NO_CHECKPOINT
-        ),
+        pytest.param(lambda path: torch.save({"state_dict": {}}, path), "is no checkpoint", id="weights"),
+        pytest.param(lambda path: torch.save({"state_dict": None}, path), "is no checkpoint", id="none"),
     ],
 )
 def test_damaged_ones(

@@ -15,10 +15,12 @@ from rtrl_moe_pl.training.checkpoints import (
     require_writable,
 )
 
+VERSION = {"pytorch-lightning_version": "2.6.0"}
+
 
 def write(path: Path, time: float) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": {"weight": torch.randn(100)}}, path)
+    torch.save({**VERSION, "state_dict": {"weight": torch.randn(100)}}, path)
     os.utime(path, (time, time))
     return path
 
@@ -62,7 +64,7 @@ def empty(path: Path) -> None:
 @pytest.mark.parametrize("damage", [flip_a_stored_byte, truncate, empty])
 def test_damage_is_found(tmp_path: Path, damage) -> None:
     path = tmp_path / "a.ckpt"
-    torch.save({"state_dict": {"weight": torch.randn(10_000)}}, path)
+    torch.save({**VERSION, "state_dict": {"weight": torch.randn(10_000)}}, path)
     require_readable(path)
     damage(path)
     with pytest.raises(ValueError, match="truncated or corrupt"):
@@ -82,22 +84,29 @@ def test_a_healthy_file_that_is_no_checkpoint_is_not_called_damaged(tmp_path: Pa
         require_readable(tmp_path / "list.ckpt")
 
 
+def test_weights_that_lightning_has_not_saved_are_good_for_another_option(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
+    require_readable(tmp_path / "weights.ckpt", "model.pretrained")
+    with pytest.raises(ValueError, match="it holds no pytorch-lightning_version"):
+        require_readable(tmp_path / "weights.ckpt")
+
+
 def test_a_folder_is_called_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder: give a checkpoint, or last"):
         require_readable(tmp_path)
 
 
 def test_a_run_goes_on_from_whole_states_and_not_from_weights_alone(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}, "optimizer_states": []}, tmp_path / "whole.ckpt")
+    torch.save({**VERSION, "state_dict": {}, "optimizer_states": []}, tmp_path / "whole.ckpt")
     weights = write(tmp_path / "weights.ckpt", 2e9)
     assert newest_readable(tmp_path) == weights
-    with pytest.warns(UserWarning, match=r"weights\.ckpt holds weights alone"):
+    with pytest.warns(UserWarning, match=r"weights\.ckpt is no checkpoint of a training: it holds no optimizer_states"):
         assert newest_readable(tmp_path, resumable=True) == tmp_path / "whole.ckpt"
 
 
 def test_a_checkpoint_without_the_shard_of_a_rank_is_not_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    torch.save({"state_dict": {}, PER_RANK: {"world_size": 3}}, path)
+    torch.save({**VERSION, "state_dict": {}, PER_RANK: {"world_size": 3}}, path)
     torch.save({PER_RANK: {}}, tmp_path / "a.ckpt.rank1")
     with pytest.raises(ValueError, match=r"a\.ckpt is incomplete: its shard a\.ckpt\.rank2 does not exist"):
         require_readable(path)
@@ -114,12 +123,12 @@ def test_a_checkpoint_without_the_shard_of_a_rank_is_not_whole(tmp_path: Path) -
 def test_writing_that_fails_leaves_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     writer = DurableCheckpointIO()
-    writer.save_checkpoint({"state_dict": {"weight": torch.ones(3)}}, path)
+    writer.save_checkpoint({**VERSION, "state_dict": {"weight": torch.ones(3)}}, path)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
         with pytest.raises(OSError, match=r"cannot write .*a\.ckpt: .*earlier checkpoints are untouched"):
-            writer.save_checkpoint({"state_dict": {"weight": torch.ones(100_000)}}, path)
+            writer.save_checkpoint({**VERSION, "state_dict": {"weight": torch.ones(100_000)}}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.ckpt"]
