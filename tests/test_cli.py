@@ -15,7 +15,7 @@ import yaml
 from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.gradients import RTRL, WindowResult
 from rtrl_moe_pl.modules import SequenceModule
-from rtrl_moe_pl.training.checkpoints import PER_RANK
+from rtrl_moe_pl.training.checkpoints import PER_RANK, shard_of
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -271,7 +271,7 @@ def test_two_processes_equal_one_with_the_double_batch(here: Path, capsys: pytes
 
     expected = checkpoint(here / "alone/lightning_logs/version_0/checkpoints/last.ckpt")
     folder = here / "two/lightning_logs/version_1/checkpoints"
-    got, shard = checkpoint(folder / "last.ckpt"), checkpoint(folder / "last.ckpt.rank1")
+    got, shard = checkpoint(folder / "last.ckpt"), checkpoint(shard_of(folder / "last.ckpt", 1))
     assert got["global_step"] == 10
     for name, value in expected["state_dict"].items():
         torch.testing.assert_close(got["state_dict"][name], value, rtol=1e-4, atol=1e-6)
@@ -282,10 +282,11 @@ def test_two_processes_equal_one_with_the_double_batch(here: Path, capsys: pytes
     assert run("fit", *alone_again, "--trainer.max_steps", "12") == 1
     assert "error: the checkpoint was written by 2 processes, but 1 are running" in capsys.readouterr().err
 
-    (folder / "last.ckpt.rank1").unlink()
+    shard_of(folder / "last.ckpt", 1).unlink()
+    again = ("--ckpt_path", str(folder / "last.ckpt"))
     broken = python("-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", *two, *again, folder=here)
     assert broken.returncode != 0
-    assert "last.ckpt.rank1 is missing" in broken.stderr
+    assert "last.ckpt is incomplete: its shard last-step10.ckpt.rank1 does not exist" in broken.stderr
 
 
 def test_a_linked_option_that_is_overruled_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

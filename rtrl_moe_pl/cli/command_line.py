@@ -153,7 +153,8 @@ class CommandLine(LightningCLI):
     def after_fit(self) -> None:
         """Say so if nothing was there to train: a run that is complete is no error."""
         trainer, model = self.trainer, cast(ManualModule, self.model)
-        if trainer.global_step <= model.resumed_at and not trainer.should_stop:
+        trained = trainer.global_step > model.resumed_at
+        if not (trained or trainer.should_stop or trainer.fast_dev_run):  # type: ignore[attr-defined]
             limits = ", ".join(f"{name}={getattr(trainer, name)}" for name in ("max_steps", "max_epochs"))
             rank_zero_warn(
                 f"nothing was trained: the weights are those of step {trainer.global_step}, with trainer: {limits}, "

@@ -81,6 +81,7 @@ class RTRL(GradientAlgorithm):
         4(2):243-248.
     """
 
+    exact = True
     carries_influence = True
 
     def __init__(
@@ -93,7 +94,8 @@ class RTRL(GradientAlgorithm):
                 f"influence_dtype must be 'bfloat16', or None for the state's own type, got {influence_dtype!r}"
             )
         self.influence_dtype = influence_dtype
-        self.exact = influence_dtype is None
+        if influence_dtype is not None:  # a subclass may be approximate for reasons of its own
+            self.exact = False
 
     @property
     def storage(self) -> torch.dtype | None:

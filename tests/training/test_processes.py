@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 from rtrl_moe_pl.cli import main
+from rtrl_moe_pl.training.checkpoints import PER_RANK, shard_of
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -169,7 +170,8 @@ def test_gradients_summed_so_far_need_as_many_processes(here: Path, capsys: pyte
     assert fit(*every, "--trainer.max_epochs", "1") == 0  # three batches: one update and a half
     path = max(here.rglob("last.ckpt"))
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["rtrl_moe_pl_per_rank"]["world_size"] = 2
+    checkpoint[PER_RANK]["world_size"] = 2
     torch.save(checkpoint, path)
+    torch.save({PER_RANK: checkpoint[PER_RANK]}, shard_of(path, 1))
     assert fit(*every, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 1
     assert "the checkpoint was written by 2 processes, but 1 are running" in capsys.readouterr().err
