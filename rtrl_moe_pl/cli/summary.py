@@ -46,6 +46,8 @@ class SaveConfig(SaveConfigCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         unused = not trainer.logged_metrics and not isinstance(exception, NumericalFailure)
+        if self._folder is None and trainer.loggers and trainer.world_size == 1:  # refused in another's set-up
+            self._folder = trainer.log_dir
         if unused and self._folder is not None and trainer.is_global_zero:
             discard_unused(Path(self._folder), trainer, self._own)
 
