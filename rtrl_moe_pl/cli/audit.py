@@ -8,10 +8,10 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.cli.trial import (
+    delivered_by,
     figure,
+    first_steps,
     forecast_memory,
-    goes_on,
-    joined,
     measure_reasoning,
     prepared,
     print_table,
@@ -23,8 +23,6 @@ from rtrl_moe_pl.gradients import AuditReport, Comparison, audit_gradient
 from rtrl_moe_pl.gradients.memory import readable
 from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
 from rtrl_moe_pl.modules.reasoning_audit import audit_reasoning
-
-TIMED_BATCHES = 4
 
 
 def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Trainer, steps: int = 200) -> bool:
@@ -39,7 +37,7 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
     at_least(1, "--steps", steps)
     source = prepared(model, datamodule, trainer)
     window = model.gradient.window
-    data = joined(source, steps if window is None else max(steps, window + 1))
+    data = first_steps(source, steps if window is None else max(steps, window + 1))
     print(f"audit of {model.gradient!r}, {type(model.cell).__name__}, {describe(data)}, float64 against BPTT")
     report = audit_gradient(
         model.gradient, model.cell, model.readout, data.inputs, data.targets, model.loss, data.starts
@@ -51,9 +49,8 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
         )
     print_gradients(report, "path", {name: p.path for name, p in report.parameters.items()})
     print_norms(report, window or data.inputs.shape[1], data.inputs.shape[1])
-    delivered = [next(source) for _ in range(TIMED_BATCHES)]
+    delivered, streams = delivered_by(source, datamodule)
     lanes, columns = delivered[0].starts.shape
-    streams = goes_on(datamodule, delivered[-1])
     forecast = forecast_memory(model, model.gradient, source, columns, streams)
     print(
         f"memory: {readable(forecast.influence_bytes)} for the influence, "

@@ -26,7 +26,7 @@ from rtrl_moe_pl.cli.checks import check_options, check_pair
 from rtrl_moe_pl.cli.diagnosis import DiagnosisTrainer
 from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
 from rtrl_moe_pl.cli.processes import count_processes, require_all, resolve_last
-from rtrl_moe_pl.cli.streams import read, warnings_in_one_line
+from rtrl_moe_pl.cli.streams import printed, warnings_in_one_line
 from rtrl_moe_pl.cli.summary import SaveConfig
 from rtrl_moe_pl.cli.tf32 import set_tf32, tf32_restored
 from rtrl_moe_pl.modules import (
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=f".*{ignored}")
     with warnings_in_one_line():
         status = _run(arguments, debug)
-    return status if read() else UNREAD
+    return status if printed() else UNREAD
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -280,7 +280,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         print(stop, file=sys.stderr)
         return 128 + stop.number
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and not read("\n"):  # a broken pipe of workers is another matter
+        if isinstance(error, BrokenPipeError) and not printed("\n"):  # a broken pipe of workers is another matter
             return UNREAD
         if debug:
             traceback.print_exc()

@@ -11,10 +11,10 @@ from lightning.pytorch import LightningDataModule, Trainer
 from rtrl_moe_pl.cells import RoutedCell
 from rtrl_moe_pl.cells.base import at_least, positive
 from rtrl_moe_pl.cli.trial import (
+    delivered_by,
     figure,
+    first_steps,
     forecast_memory,
-    goes_on,
-    joined,
     measure_reasoning,
     prepared,
     print_table,
@@ -37,7 +37,6 @@ from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
 
 AFFORDABLE = 10  # times the cheapest
 NOISE = 1.1  # times as long is about as long
-TIMED_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,11 @@ def forecast(
     source = prepared(model, datamodule, trainer)
     if isinstance(datamodule, CurriculumDataModule):
         datamodule.stage = len(datamodule.tasks) - 1  # what training comes to
-    delivered: list[Batch] = [next(source) for _ in range(TIMED_BATCHES)]
+    delivered, streams = delivered_by(source, datamodule)
     lanes, columns = delivered[0].starts.shape
-    streams = goes_on(datamodule, delivered[-1])
     length = sequence_length(datamodule, columns, streams)
-    timed = [joined(iter([batch]), min(columns, steps)) for batch in delivered]
-    longest = [joined(source, min(length, steps))] if length else timed
+    timed = [first_steps(iter([batch]), min(columns, steps)) for batch in delivered]
+    longest = [first_steps(source, min(length, steps))] if length else timed
     print(
         f"forecast for {type(model.cell).__name__}, {sum(p.numel() for p in model.cell.parameters()):,} parameters, "
         f"state {model.cell.state_size}, {lanes} lanes x {columns} steps a batch"

@@ -25,15 +25,15 @@ def _one_line(message: Warning | str, *place: Any) -> str:
     return f"warning: {' '.join(str(message).split())}\n"
 
 
-def read(text: str = "") -> bool:
-    """Print the text and what was not yet printed; whether anybody reads it.
+def printed(text: str = "") -> bool:
+    """Print the text and what was not yet printed; False if nobody reads it.
 
     If nobody does (``.. | head``), the rest goes nowhere, without a word.
     """
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return False
     return True

@@ -35,21 +35,21 @@ class SaveConfig(SaveConfigCallback):
 
     _writers: Sequence[Any] = ()  # TensorBoard's; of rank 0
     _looks = 0
-    _folder: str | None = None  # of the logs
     _own = False  # whether all files beside the logs are of this run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.loggers:
-            self._folder = trainer.log_dir  # a collective: not to be asked for when one process has failed
-            self._own = is_fresh(Path(self._folder or ""))
+            self._own = is_fresh(Path(trainer.log_dir or ""))
             super().setup(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         unused = not trainer.logged_metrics and not isinstance(exception, NumericalFailure)
-        if self._folder is None and trainer.loggers and trainer.world_size == 1:  # refused in another's set-up
-            self._folder = trainer.log_dir
-        if unused and self._folder is not None and trainer.is_global_zero:
-            discard_unused(Path(self._folder), trainer, self._own)
+        if not (unused and trainer.loggers and trainer.is_global_zero):
+            return
+        logger = trainer.loggers[0]  # trainer.log_dir would be a collective, and a process has failed
+        folder = getattr(logger, "log_dir", logger.save_dir)
+        if folder is not None:
+            discard_unused(Path(folder), trainer, self._own)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 
 from rtrl_moe_pl.data import Batch
+from rtrl_moe_pl.data.batch import joined
 from rtrl_moe_pl.data.puzzles import PuzzleStream
 from rtrl_moe_pl.gradients import RTRL, Forecast, GradientAlgorithm, graph_bytes
 from rtrl_moe_pl.modules import ManualModule, ReasoningModule, SequenceModule
 from rtrl_moe_pl.modules.reasoning_audit import TrialRun
 
+TIMED_BATCHES = 4
 REPEATS = 3  # timed; their median counts
 LONGEST = 10.0  # seconds, after which nothing is repeated
 SAMPLE = 8  # steps; autograd keeps as much of each as of the next
@@ -46,22 +47,26 @@ def puzzles(model: ReasoningModule, source: Iterator[Any]) -> PuzzleStream:
     return stream
 
 
+def delivered_by(source: Iterator[Batch], datamodule: LightningDataModule) -> tuple[list[Batch], bool]:
+    """Some batches to be timed, and whether lanes go on from one to the next."""
+    delivered = [next(source) for _ in range(TIMED_BATCHES)]
+    return delivered, goes_on(datamodule, delivered[-1])
+
+
 def goes_on(datamodule: LightningDataModule, batch: Batch) -> bool:
     """Whether lanes go on from batch to batch, rather than begin a sequence in each."""
     layout = getattr(datamodule, "layout", None)
     return layout == "stream" if layout else not bool(batch.starts[:, 0].all())
 
 
-def joined(source: Iterator[Batch], steps: int) -> Batch:
+def first_steps(source: Iterator[Batch], steps: int) -> Batch:
     """The first ``steps`` steps of consecutive batches: lanes go on, or start anew, as in training."""
     parts = [next(source)]
     while sum(part.inputs.shape[1] for part in parts) < steps:
         parts.append(next(source))
-    inputs, labels, weights, starts = (
-        torch.cat(pieces, 1)[:, :steps]
-        for pieces in zip(*((part.inputs, *part.targets, part.starts) for part in parts), strict=True)
-    )
-    return Batch(inputs, (labels, weights), starts)
+    whole = joined(parts)
+    labels, weights = whole.targets
+    return Batch(whole.inputs[:, :steps], (labels[:, :steps], weights[:, :steps]), whole.starts[:, :steps])
 
 
 def forecast_memory(
@@ -73,7 +78,7 @@ def forecast_memory(
         steps: that are delivered together.
         streams: whether lanes go on from batch to batch, and with them what is not in P yet.
     """
-    sample = joined(source, 2 * SAMPLE)
+    sample = first_steps(source, 2 * SAMPLE)
     lanes = len(sample.inputs)
     found = algorithm.forecast(model.cell, lanes, model.dtype, steps)  # type: ignore[arg-type]
     if isinstance(algorithm, RTRL) and streams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -25,3 +26,12 @@ class Batch(NamedTuple):
         """The same batch with weights of another dtype."""
         labels, weights = self.targets
         return self._replace(targets=(labels, weights.to(dtype)))
+
+
+def joined(batches: Iterable[Batch]) -> Batch:
+    """Consecutive batches of the same lanes as one of all their steps; what has no ``starts`` begins nowhere."""
+    parts = [(batch.inputs, *batch.targets, batch.starts) for batch in batches]
+    inputs, labels, weights, starts = (
+        None if pieces[0] is None else torch.cat(pieces, 1) for pieces in zip(*parts, strict=True)
+    )
+    return Batch(inputs, (labels, weights), starts)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.training.optimizers import parts_of
 
 # They change weights, or train, by ways that hand-written gradients do not go, and some without end.
 UNUSABLE_CALLBACKS = (
@@ -34,7 +35,7 @@ def refuse_callbacks(callbacks: Iterable[object]) -> None:
 
 def require_usable(optimizer: Optimizer) -> None:
     """Raise ValueError for an optimizer that cannot be stepped once per update with dense gradients."""
-    for part in getattr(optimizer, "optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         if type(part) in _NEEDS:
             raise ValueError(
                 f"model.optimizer cannot be {type(part).__name__}: {_NEEDS[type(part)]}; use Adam, AdamW or SGD"

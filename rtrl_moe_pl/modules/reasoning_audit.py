@@ -72,7 +72,8 @@ def audit_reasoning(model: ReasoningModule, stream: PuzzleStream, steps: int) ->
     Cost: about 3 + h_cycles / grad_cycles times that of training, in float64.
     """
     at_least(1, "--steps", steps)
-    trial = TrialRun(copy.deepcopy(model).double(), stream)
+    trial = TrialRun(model, stream)
+    trial.model.double()
     parameters = {name: p for name, p in trial.model.named_parameters() if p.requires_grad}
     found, cut, whole = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(3))
     for _ in range(steps):

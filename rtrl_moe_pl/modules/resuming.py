@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from rtrl_moe_pl.training.optimizers import parts_of
+
 OPTIMIZER = "rtrl_moe_pl_optimizer"
 SCHEDULER = "rtrl_moe_pl_lr_scheduler"
 # What training itself changes. The last rates are those of base_lrs and of the step.
@@ -20,9 +22,9 @@ _CYCLED = {"betas", "momentum"}  # by a schedule with max_momentum
 
 def describe(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, str]:
     """What a checkpoint says of its optimizer: the classes, "" for none."""
-    parts = getattr(optimizer, "optimizers", [optimizer])
+    parts = parts_of(optimizer) if optimizer else []
     return {
-        OPTIMIZER: " and ".join(type(part).__name__ for part in parts) if optimizer else "",
+        OPTIMIZER: " and ".join(type(part).__name__ for part in parts),
         SCHEDULER: type(scheduler).__name__ if scheduler else "",
     }
 

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from rtrl_moe_pl.cells.base import at_least, positive
+from rtrl_moe_pl.data.batch import joined
 from rtrl_moe_pl.gradients import MemoryForecastError, audit_gradient
 from rtrl_moe_pl.modules.watch import Watch, movement, vector
 
@@ -154,13 +155,11 @@ class ProbeWatch(Watch):
         if not trainer.is_global_zero or batches // self.every == self._probed // self.every or columns < self._needed:
             return
         self._probed = batches
-        parts = [(batch.inputs, *batch.targets, batch.starts) for batch in self._batches]
-        inputs, labels, weights = (torch.cat(pieces, 1) for pieces in list(zip(*parts, strict=True))[:3])
-        starts = None if parts[0][3] is None else torch.cat([part[3] for part in parts], 1)
+        inputs, targets, starts, _ = joined(self._batches)
         with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
             try:
                 report = audit_gradient(
-                    module.gradient, module.cell, module.readout, inputs, (labels, weights), module.loss, starts
+                    module.gradient, module.cell, module.readout, inputs, targets, module.loss, starts
                 )
             except MemoryForecastError as error:
                 self.warn(trainer, "memory", f"no probe is made: in float64, beside training, {error}")

@@ -119,6 +119,11 @@ class SignSGD(Optimizer):
         return loss
 
 
+def parts_of(optimizer: Optimizer) -> Sequence[Optimizer]:
+    """Those that it combines, or itself."""
+    return optimizer.optimizers if isinstance(optimizer, CombinedOptimizer) else [optimizer]
+
+
 class CombinedOptimizer(Optimizer):
     """Several optimizers as one, for Lightning, which counts one optimizer step per training step.
 

@@ -28,6 +28,7 @@ from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.modules import ManualModule
 from rtrl_moe_pl.training.checkpoints import PER_RANK, newest_readable, require_readable
 from rtrl_moe_pl.training.last_checkpoint import LastCheckpoint
+from tests.nested import differing
 
 COMPARED = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "global_step", PER_RANK)
 
@@ -108,19 +109,6 @@ def final(folder: Path) -> dict[str, Any]:
     """What the newest checkpoint holds of the training."""
     checkpoint = torch.load(newest_readable(folder), weights_only=True)
     return {key: checkpoint[key] for key in COMPARED if key in checkpoint}
-
-
-def differing(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two nests of dicts, lists, tensors and numbers differ in a bit."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differing(a[key], b[key], f"{path}/{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [found for i, pair in enumerate(zip(a, b, strict=True)) for found in differing(*pair, f"{path}/{i}")]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and torch.equal(a, b)
-    else:
-        same = type(a) is type(b) and a == b
-    return [] if same else [path]
 
 
 def spoil(path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from rtrl_moe_pl.training.averaging import resume_raw
 from rtrl_moe_pl.training.optimizers import AdamATan2, CombinedOptimizer, SignSGD
 from rtrl_moe_pl.training.schedules import Warmup
+from tests.nested import differing
 
 
 class Tables(LightningModule):
@@ -89,13 +90,7 @@ def copied(module: nn.Module) -> dict[str, Tensor]:
 
 def equal(one: Any, other: Any) -> bool:
     """Whether nested dicts, lists and tensors agree bit for bit."""
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return type(one) is type(other) and one == other
+    return not differing(one, other)
 
 
 def draws(*shape: int, seed: int = 0) -> Tensor:

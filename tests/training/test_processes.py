@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.training.checkpoints import PER_RANK, shard_of
+from tests.test_cli import python
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -47,9 +46,8 @@ def fit(*options: str) -> int:
 
 def start(*options: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """``fit`` as a command, in the working directory."""
-    command = [sys.executable, "-m", *launcher, "rtrl_moe_pl", "fit", "--config", "config.yaml", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    command = ("-m", *launcher, "rtrl_moe_pl", "fit", "--config", "config.yaml", *options)
+    return python(*command, folder=Path.cwd())
 
 
 def weights(folder: str) -> tuple[int, dict[str, torch.Tensor]]:
