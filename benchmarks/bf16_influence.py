@@ -124,23 +124,24 @@ def while_training(name: str, algorithm: str, chunk: int | None, lengths: tuple[
     return found
 
 
-def cost(size: int, lanes: int, repetitions: int) -> dict[str, Any]:
+def cost(size: int, lanes: int, repetitions: int, device: torch.device) -> dict[str, Any]:
     """Time and bytes of bfloat16 over float32: RTRL(16) of a GRU, over whole chunks."""
     torch.manual_seed(0)
-    cell, readout = GRU(WIDTH, size), nn.Linear(size, OUTPUTS)
+    cell, readout = GRU(WIDTH, size).to(device), nn.Linear(size, OUTPUTS).to(device)
     steps = 3 * size
-    inputs, targets = torch.randn(lanes, steps, WIDTH), (torch.rand(lanes, steps, OUTPUTS), torch.ones(lanes, steps))
+    inputs = torch.randn(lanes, steps, WIDTH, device=device)
+    targets = torch.rand(lanes, steps, OUTPUTS, device=device), torch.ones(lanes, steps, device=device)
     row: dict[str, Any] = {"size": size, "lanes": lanes}
     for chunk in (None, 16):
         runs = [RTRL(16, chunk=chunk), RTRL(16, chunk=chunk, influence_dtype="bfloat16")]
-        memories = [run.init(cell, lanes) for run in runs]
+        memories = [run.init(cell, lanes, device) for run in runs]
 
         def steps_of(run: RTRL, memory: Any) -> None:
             run.run(cell, readout, inputs, targets, squares, memory)
 
         pairs = zip(runs, memories, strict=True)
         calls = [lambda run=run, memory=memory: steps_of(run, memory) for run, memory in pairs]
-        exact, rounded = interleaved(calls, repetitions, torch.device("cpu"), warm_up=2)
+        exact, rounded = interleaved(calls, repetitions, device, warm_up=2)
         row[f"time_ratio_chunk_{chunk or 'default'}"] = ratio(rounded, exact)
         row[f"us_per_step_chunk_{chunk or 'default'}"] = [1e6 * statistics.median(t) / steps for t in (exact, rounded)]
         row["bytes"] = [memory.base.nbytes for memory in memories]
@@ -167,11 +168,14 @@ def gradients() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--costs", action="store_true", help="only time and bytes")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="a GPU: only time and bytes")
     parser.add_argument("--repetitions", type=int, default=9)
     arguments = parser.parse_args()
-    device = torch.device("cpu")
-    rows = read("bf16_influence", device)["gradients"] if arguments.costs else gradients()
-    costs = [cost(size, 8, arguments.repetitions) for size in (32, 64, 128)]
+    device = arguments.device
+    rows = []
+    if device.type == "cpu":
+        rows = read("bf16_influence", device)["gradients"] if arguments.costs else gradients()
+    costs = [cost(size, 8, arguments.repetitions, device) for size in (32, 64, 128)]
     for row in costs:
         print(row)
     print(f"written to {write('bf16_influence', device, {'gradients': rows, 'costs': costs})}")

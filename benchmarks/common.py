@@ -74,10 +74,15 @@ def sgemm_peak(device: torch.device, size: int = 1024, repetitions: int = 9) -> 
     return 2 * size**3 / statistics.median(times)
 
 
+def results_file(name: str, device: torch.device) -> Path:
+    """benchmarks/results/NAME.json, or NAME_cuda.json for a GPU."""
+    return RESULTS / f"{name}{'' if device.type == 'cpu' else '_' + device.type}.json"
+
+
 def write(name: str, device: torch.device, results: Any) -> Path:
-    """Write results with the machine's facts to benchmarks/results/NAME.json."""
+    """Write results with the machine's facts to their file."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = results_file(name, device)
     path.write_text(json.dumps({"machine": machine(device), "results": results}, indent=1) + "\n")
     return path
 
@@ -88,7 +93,7 @@ def read(name: str, device: torch.device) -> Any:
     Raises:
         SystemExit: if there are none, or they are of another machine.
     """
-    path = RESULTS / f"{name}.json"
+    path = results_file(name, device)
     if not path.exists():
         raise SystemExit(f"error: there is no {path} to put points into: run the whole grid first")
     held = json.loads(path.read_text())

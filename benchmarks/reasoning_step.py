@@ -173,8 +173,7 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         tqdm.write(f"{name}: {rows[-1]['seconds']:.3f} s")
-    suffix = f"cpu_{torch.get_num_threads()}" if device.type == "cpu" else device.type
-    write(f"reasoning_step_{suffix}", device, rows)
+    write(f"reasoning_step_cpu_{torch.get_num_threads()}" if device.type == "cpu" else "reasoning_step", device, rows)
 
 
 if __name__ == "__main__":

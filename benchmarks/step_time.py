@@ -160,7 +160,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    name = f"step_time_{arguments.device}" + (f"_{arguments.threads}" if arguments.device == "cpu" else "")
+    name = f"step_time_cpu_{arguments.threads}" if device.type == "cpu" else "step_time"
     peak = sgemm_peak(device)
     sizes = [(64, 8), (128, 8)] if arguments.quick else [(n, b) for n in (32, 64, 128, 256) for b in (8, 32)]
     if arguments.only:

@@ -22,7 +22,7 @@ class CompiledUnroll:
 
     The first window is run eagerly, which checks the cell. Steps that fill no graph, and routed cells, are run eagerly
     always. What torch.compile does not support is run eagerly from then on, with one warning. On a GPU graphs are CUDA
-    graphs (mode "reduce-overhead"); that is written, but has never been run on one.
+    graphs (mode "reduce-overhead"), which write their results, and gradients, where they wrote those before.
 
     Args:
         window: steps that are mostly asked for at a time, cut into equal graphs of at most 16 steps; None: 16.
@@ -88,7 +88,7 @@ class CompiledUnroll:
                 stacklevel=2,
             )
             return None
-        if state.is_cuda:  # a CUDA graph writes its results where it wrote those before
+        if state.is_cuda:
             given, returned = given.clone(), returned.clone()
         return given.unbind(0), returned.unbind(0)
 

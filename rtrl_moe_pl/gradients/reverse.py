@@ -13,6 +13,7 @@ from rtrl_moe_pl.gradients.base import (
     named_parameters,
     with_fresh_start,
 )
+from rtrl_moe_pl.gradients.compiled import CompiledUnroll
 from rtrl_moe_pl.gradients.memory import Forecast, Memory, recurrent_parameters
 from rtrl_moe_pl.gradients.windows import (
     LossFunction,
@@ -62,6 +63,8 @@ class _ReverseMode(GradientAlgorithm):
         auxiliary = auxiliary_loss(cell, inputs, torch.stack(given), auxiliary_weight)
         loss = evaluate_loss(loss_fn, outputs, targets, auxiliary)
         grads, _ = autograd_gradients(loss, named_parameters(cell, readout))
+        if inputs.is_cuda and isinstance(self.unroll, CompiledUnroll):  # the next window's graph writes where they are
+            grads = {name: grad.clone() for name, grad in grads.items()}
         memory.state, memory.fresh = returned[-1].detach(), False
         if routings:
             memory.count(routings, cell)  # type: ignore[arg-type]

@@ -17,17 +17,22 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.modules.architecture import ARCHITECTURE, architecture_of, check_architecture
 from rtrl_moe_pl.modules.figures import Stopwatch
 from rtrl_moe_pl.modules.optimization import refuse_callbacks, require_schedule, require_usable
-from rtrl_moe_pl.modules.resuming import check_optimizer, describe, require_finite, require_resumable
+from rtrl_moe_pl.modules.resuming import (
+    check_optimizer,
+    close_epoch,
+    describe,
+    reopen_epoch,
+    require_finite,
+    require_resumable,
+)
 from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, update
 from rtrl_moe_pl.training.averaging import resume_raw
 from rtrl_moe_pl.training.checkpoints import PER_RANK, DurableCheckpointIO
 from rtrl_moe_pl.training.failure import first_bad
 from rtrl_moe_pl.training.strategy import require_broadcast, require_same_processes
-
-ARCHITECTURE = "rtrl_moe_pl_architecture"
-NAMED = 4  # differences that an error names
 
 
 class ManualModule(LightningModule):
@@ -208,7 +213,7 @@ class ManualModule(LightningModule):
         bad = self._diagnosis or first_bad(tensors)
         if bad is not None:  # before the file is opened: the last good checkpoint stays
             raise self._failure(bad)
-        checkpoint[ARCHITECTURE] = self._architecture()
+        checkpoint[ARCHITECTURE] = architecture_of(self)
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         checkpoint |= describe(next(iter(self.trainer.optimizers), None), next(iter(schedulers), None))  # type: ignore[arg-type]
         checkpoint[PER_RANK] = {
@@ -219,12 +224,13 @@ class ManualModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_architecture(checkpoint)
+        check_architecture(self, checkpoint)
         require_finite(checkpoint["state_dict"])
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         require_resumable(checkpoint, PER_RANK)
         check_optimizer(checkpoint, *self._make_optimizer_and_schedule(), self, self.trainer.max_steps)
+        reopen_epoch(checkpoint)
         resume_raw(checkpoint, self.trainer)
         require_same_processes(checkpoint[PER_RANK], self.trainer.world_size)
         self._sums.load_state_dict(checkpoint[PER_RANK]["sums"])
@@ -232,6 +238,7 @@ class ManualModule(LightningModule):
         self.resumed_at = checkpoint["global_step"]
 
     def on_train_start(self) -> None:
+        close_epoch(self.trainer.fit_loop)
         self._sums.to(self.device)
         self._figures.clear()
 
@@ -240,40 +247,6 @@ class ManualModule(LightningModule):
         # it already where they log at the start of a batch.
         loop: Any = self.trainer.fit_loop.epoch_loop
         loop._batches_that_stepped = _batches_done(self.trainer)
-
-    def _architecture(self) -> dict[str, str]:
-        """Classes of the parts, and what they say of themselves that the shapes of their parameters do not tell."""
-        found: dict[str, str] = {}
-        for name, child in self.named_children():
-            if any(True for _ in child.parameters()):
-                found[name] = type(child).__name__
-                options = getattr(child, "architecture", dict)()
-                found |= {f"{name}.{option}": str(value) for option, value in options.items()}
-        return found
-
-    def check_architecture(self, checkpoint: Mapping[str, Any], part: str = "", what: str = "the checkpoint") -> None:
-        """Refuse, in one line, a checkpoint whose parameters (those whose name begins so) are not this module's."""
-        here, there = self._architecture(), checkpoint.get(ARCHITECTURE, {})
-        differing = [
-            f"{name} is {there[name]} there and {here[name]} here"
-            for name in here
-            if name.startswith(part) and there.get(name, here[name]) != here[name]
-        ]
-        ours, saved = (
-            {name: list(value.shape) for name, value in state.items() if name.startswith(part)}
-            for state in (self.state_dict(), checkpoint["state_dict"])
-        )
-        differing += [
-            f"{name} is {saved.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
-            for name in sorted(ours.keys() | saved.keys())
-            if ours.get(name) != saved.get(name)
-        ]
-        if differing:
-            more = f", and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
-            raise ValueError(
-                f"{what} is of another architecture: {', '.join(differing[:NAMED])}{more}; use the model "
-                "it was made with"
-            )
 
 
 def refuse_half(precision: object) -> None:

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from rtrl_moe_pl.modules.base import ARCHITECTURE, ManualModule
+from rtrl_moe_pl.modules.architecture import ARCHITECTURE, check_architecture
+from rtrl_moe_pl.modules.base import ManualModule
 from rtrl_moe_pl.training.checkpoints import require_readable
 
 OPTION = "model.pretrained"
@@ -29,7 +30,7 @@ def load_pretrained(module: ManualModule, path: Path) -> bool:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if "decoder" not in checkpoint.get(ARCHITECTURE, {}):
         raise ValueError(f"{OPTION}: {path} is not a checkpoint of a ReasoningModule: name one, or leave it out")
-    module.check_architecture(checkpoint, "decoder", OPTION)
+    check_architecture(module, checkpoint, "decoder", OPTION)
     ours, saved = module.state_dict(), checkpoint["state_dict"]
     encoder = module.encoder
     assert isinstance(encoder, nn.Module)
@@ -38,7 +39,7 @@ def load_pretrained(module: ManualModule, path: Path) -> bool:
         table, mine = saved.get("encoder.table"), ours.get("encoder.table")
         if table is not None and mine is not None and table.shape[1:] == mine.shape[1:] and len(table) != len(mine):
             saved["encoder.table"] = table.mean(0).expand_as(mine)
-        module.check_architecture(checkpoint, "encoder", OPTION)
+        check_architecture(module, checkpoint, "encoder", OPTION)
     else:
         saved = {name: value for name, value in saved.items() if name.startswith("decoder")}
     module.load_state_dict({**ours, **saved})

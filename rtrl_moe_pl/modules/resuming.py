@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -112,6 +113,30 @@ def require_resumable(checkpoint: Mapping[str, Any], carry: str) -> None:
             f"--ckpt_path: training cannot go on from this checkpoint, it holds no {', '.join(missing)}: give one that "
             "fit has written whole"
         )
+
+
+def reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let an epoch that max_steps ended early go on: Lightning counts it as one of max_epochs."""
+    loops = checkpoint["loops"]["fit_loop"]
+    progress, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    if progress["total"]["processed"] == progress["total"]["started"] and not batches["is_last_batch"]:
+        for counts in progress.values():
+            counts["processed"] -= 1
+            counts["completed"] = min(counts["completed"], counts["processed"])
+
+
+def close_epoch(fit_loop: Any) -> None:
+    """Leave an epoch that had ended when the checkpoint was written.
+
+    With max_steps, Lightning would run it again, without a batch, and count it twice.
+    """
+    progress = fit_loop.epoch_progress
+    ended = progress.total.processed == progress.total.ready and not fit_loop.restarted_on_epoch_start
+    if fit_loop.restarting and ended:
+        for counts in (progress.total, progress.current):
+            counts.completed = counts.processed
+        fit_loop.reset_restart_stage()
+        _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]  # FitLoop's own setter would refuse
 
 
 def require_finite(weights: Mapping[str, Any]) -> None:

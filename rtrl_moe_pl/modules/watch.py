@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from rtrl_moe_pl.cells.base import at_least, not_negative, positive
 from rtrl_moe_pl.modules.base import ManualModule
-
-NAMED = 4  # of what is idle
 
 
 class TrainingWarning(UserWarning):
@@ -89,12 +87,6 @@ def movement(new: Tensor, old: Tensor) -> float:
     """|new - old| / |new|; infinite for new weights of zero, and 0 if they were that before."""
     moved, size = torch.stack([(new - old).norm(), new.norm()]).tolist()
     return moved / size if size else math.inf * moved if moved else 0.0
-
-
-def some(names: Sequence[object]) -> str:
-    """The first few of them, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(map(str, names[:NAMED])) + more
 
 
 class GrowthWatch(Watch):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rtrl_moe_pl.cells import RoutedCell
 from rtrl_moe_pl.cells.base import at_least, not_negative
-from rtrl_moe_pl.modules.watch import Watch, some
+from rtrl_moe_pl.modules.naming import some
+from rtrl_moe_pl.modules.watch import Watch
 
 
 class IdleWatch(Watch):

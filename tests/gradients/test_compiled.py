@@ -150,8 +150,9 @@ def _no_compiler(*_: Any) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=repr)
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, TBPTT(window=10), RTRL(window=10)], ids=repr)
 def test_cuda_graphs_are_eager(algorithm: GradientAlgorithm) -> None:
+    """Also where a window is one graph, whose gradients the next window's would overwrite."""
     problem = make(GRU(3, 4).double())
     moved = Problem(
         problem.cell.cuda(),
