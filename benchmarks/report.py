@@ -156,6 +156,7 @@ def main() -> None:
     tables: dict[str, Callable[[Any], str]] = {
         "side_by_side": side_by_side.table,
         "step_time_cpu_1": step_table,
+        "step_time_cuda": step_table,
         "moe_scaling": moe_scaling.table,
         "learning": learning_table,
         "haystack_learning": haystack_report.table,
