@@ -71,6 +71,7 @@ class ManualModule(LightningModule):
         self.update_every = at_least(1, "update_every", update_every)
         self._figures = Stopwatch()  # of training; a subclass puts its own in its place
         self.figures: dict[str, Any] = {}  # that were logged last, by tag
+        self._restored_figures: dict[str, Any] | None = None  # of a checkpoint, until training starts
         self._sums = GradientSums()
         self._diagnosis: str | None = None
         self.resumed_at = 0  # optimizer steps of the checkpoint that training went on from
@@ -221,6 +222,7 @@ class ManualModule(LightningModule):
             "global_step": self.trainer.global_step,
             "carry": self.carry_state(),
             "sums": self._sums.state_dict(),
+            "figures": self._figures.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -232,15 +234,21 @@ class ManualModule(LightningModule):
         check_optimizer(checkpoint, *self._make_optimizer_and_schedule(), self, self.trainer.max_steps)
         reopen_epoch(checkpoint)
         resume_raw(checkpoint, self.trainer)
-        require_same_processes(checkpoint[PER_RANK], self.trainer.world_size)
-        self._sums.load_state_dict(checkpoint[PER_RANK]["sums"])
-        self.restore_carry(checkpoint[PER_RANK]["carry"])
+        own = checkpoint[PER_RANK]
+        require_same_processes(own, self.trainer.world_size)
+        self._sums.load_state_dict(own["sums"])
+        self.restore_carry(own["carry"])
+        self._restored_figures = own["figures"] if own["world_size"] == self.trainer.world_size else None
         self.resumed_at = checkpoint["global_step"]
 
     def on_train_start(self) -> None:
         close_epoch(self.trainer.fit_loop)
         self._sums.to(self.device)
         self._figures.clear()
+        if self._restored_figures is not None:
+            self._figures.load_state_dict(self._restored_figures, self.device)
+            self._restored_figures = None
+        self._figures.resume()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Lightning's counter of figures is one too high after a resume at the end of an epoch. Callbacks have logged by

@@ -33,21 +33,31 @@ def log_figures(module: Any, figures: dict[str, Any], **options: Any) -> None:
 class Stopwatch:
     """Seconds since it was cleared, but for pauses."""
 
+    _began: float | None  # None: it stands
+
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self._began = time.perf_counter()
+        self._seconds, self._began = 0.0, time.perf_counter()
 
     def pause(self) -> None:
-        """Stop the clock, until ``resume``."""
-        self._paused = time.perf_counter()
+        self._seconds, self._began = self.elapsed(), None
 
     def resume(self) -> None:
-        self._began += time.perf_counter() - self._paused
+        if self._began is None:
+            self._began = time.perf_counter()
 
     def elapsed(self) -> float:
-        return time.perf_counter() - self._began
+        return self._seconds + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {"seconds": self.elapsed()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take up what ``state_dict`` gave, and stand until ``resume``."""
+        self._seconds, self._began = state["seconds"], None
 
 
 class TrainingFigures(Stopwatch):
@@ -77,6 +87,18 @@ class TrainingFigures(Stopwatch):
     def add_usage(self, used: Routing) -> None:
         """What a routed cell chose: counts [S], [S] and [E]."""
         self._used = used if self._used is None else Routing(*map(torch.add, self._used, used))
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = {"loss": self._loss, "correct": self._correct, "weight": self._weight, "tokens": self._tokens}
+        return super().state_dict() | sums | {"used": None if self._used is None else list(self._used)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        super().load_state_dict(state, device)
+        self._loss, self._correct, self._weight = (
+            torch.as_tensor(state[name], device=device) for name in ("loss", "correct", "weight")
+        )
+        self._tokens, used = state["tokens"], state["used"]
+        self._used = None if used is None else Routing(*(counts.to(device) for counts in used))
 
     def read(self, state_norms: Tensor, influence_norm: Tensor) -> dict[str, Any]:
         """Figures by tag, of all ranks; loss and accuracy, means per weight, are missing if there was no weight.

@@ -60,6 +60,14 @@ class ReasoningFigures(Stopwatch):
             sums = torch.stack([*rows, valid.sum(), *((v * done).sum() for v in by_row), done.sum()])
             self._sums = self._sums + torch.cat([sums.double(), by_steps.double()])
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"sums": self._sums, "seen": sorted(self._seen), "max_steps": self.max_steps}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        if state["max_steps"] == self.max_steps:  # else they count what there no longer is
+            super().load_state_dict(state, device)
+            self._sums, self._seen = torch.as_tensor(state["sums"], device=device), set(state["seen"])
+
     def read(self) -> tuple[dict[str, float], Tensor]:
         """Figures by tag, and how many puzzles lanes were done with after 1, 2, .. steps, [max_steps]; forgets them.
 

@@ -106,9 +106,15 @@ def wait(process: int) -> int:
 
 
 def final(folder: Path) -> dict[str, Any]:
-    """What the newest checkpoint holds of the training."""
+    """What the newest checkpoint holds of the training, and of what was watched; all but the time it took."""
     checkpoint = torch.load(newest_readable(folder), weights_only=True)
-    return {key: checkpoint[key] for key in COMPARED if key in checkpoint}
+    del checkpoint[PER_RANK]["figures"]["seconds"]
+    watches = {name: state for name, state in checkpoint["callbacks"].items() if "Watch" in name}
+    for state in watches.values():
+        if "influence" in state.get("_sizes", {}):  # of experts: added up in another order
+            del state["_sizes"]["influence"]
+    assert watches
+    return {key: checkpoint[key] for key in COMPARED if key in checkpoint} | {"watches": watches}
 
 
 def spoil(path: Path) -> None:

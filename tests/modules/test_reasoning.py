@@ -218,6 +218,17 @@ def test_a_kl_is_weighed_and_logged(tmp_path: Path) -> None:
     assert losses[1] - losses[0] == pytest.approx(logged[0]["train/kl"], rel=1e-4)
 
 
+def test_figures_after_a_resume_count_what_was_seen_before_it(tmp_path: Path) -> None:
+    options = {"log_every_n_steps": 4}
+    _, unbroken = run(tmp_path, module(), 4, trainer=options)
+    interrupted, _ = run(tmp_path, module(), 3, trainer=options)
+    interrupted.save_checkpoint(tmp_path / "stopped.ckpt")
+    _, resumed = run(tmp_path, module(), 4, trainer=options, ckpt_path=str(tmp_path / "stopped.ckpt"))
+    for figures in (unbroken[-1], resumed[-1]):
+        figures.pop("train/puzzles_per_second")
+    assert resumed[-1] == unbroken[-1]
+
+
 def test_a_kl_stays_in_the_figures_when_the_last_step_encoded_nothing(tmp_path: Path) -> None:
     """Of a cached mode, in which most steps encode no lane; read after every second batch."""
     halting = Halting(max_steps=2, exploration=0.0)
