@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 from rtrl_moe_pl.cli import main
+from rtrl_moe_pl.cli.processes import LAST
 from rtrl_moe_pl.training.checkpoints import PER_RANK, shard_of
 from tests.test_cli import python
 
@@ -30,6 +31,7 @@ trainer:
   enable_model_summary: false
 """
 TWO = ("--trainer.devices", "2", "--data.batch_size", "2")
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
 OTHERS = [name for name in StrategyRegistry.available_strategies() if name != "broadcast"]
 
 
@@ -85,14 +87,26 @@ def test_processes_that_would_train_alone_are_refused(
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
 def test_torchrun_equals_one_process(here: Path) -> None:
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    done = start(*TWO, "--trainer.default_root_dir", "two", launcher=launcher)
+    done = start(*TWO, "--trainer.default_root_dir", "two", launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr[-3000:]
     assert fit("--trainer.default_root_dir", "one") == 0
     (steps, expected), (found_steps, found) = weights("one"), weights("two")
     assert steps == found_steps == 3
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_processes_that_find_different_checkpoints_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the second is told of one that the first, which looks for it, finds to be old."""
+    last = ("--ckpt_path", "last", "--trainer.max_steps", "9")
+    assert start(*TWO).returncode == 0
+    monkeypatch.setenv(LAST, str(max(here.rglob("last-step3.ckpt"))))
+    assert start(*TWO, *last, "--trainer.max_steps", "6").returncode == 0
+    done = start(*TWO, *last, launcher=TORCHRUN)
+    assert done.returncode == 1
+    assert "--ckpt_path: one process found a checkpoint of step 3, another of 6: name the file" in done.stderr
 
 
 # ---- a lost process
