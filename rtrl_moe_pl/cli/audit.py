@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 
 from rtrl_moe_pl.cells.base import at_least
@@ -19,8 +20,8 @@ from rtrl_moe_pl.cli.trial import (
     seconds_per_step,
 )
 from rtrl_moe_pl.data import Batch
-from rtrl_moe_pl.gradients import AuditReport, Comparison, audit_gradient
-from rtrl_moe_pl.gradients.memory import readable
+from rtrl_moe_pl.gradients import BPTT, AuditReport, Comparison, audit_gradient
+from rtrl_moe_pl.gradients.memory import free_memory, readable
 from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
 from rtrl_moe_pl.modules.reasoning_audit import audit_reasoning
 
@@ -36,6 +37,7 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
     """
     at_least(1, "--steps", steps)
     source = prepared(model, datamodule, trainer)
+    require_room(model, source, steps)
     window = model.gradient.window
     data = first_steps(source, steps if window is None else max(steps, window + 1))
     print(f"audit of {model.gradient!r}, {type(model.cell).__name__}, {describe(data)}, float64 against BPTT")
@@ -99,6 +101,17 @@ def audit_puzzles(model: ReasoningModule, datamodule: LightningDataModule, train
         verdict = f"approximate, as it claims: through {rounds}{cached}; cosine {report.whole.cosine:.3f} with all"
     print(f"verdict: {verdict}")
     return report.used.passed
+
+
+def require_room(model: SequenceModule, source: Iterator[Batch], steps: int) -> None:
+    """Refuse more steps than BPTT in float64 has memory for."""
+    needed, free = forecast_memory(model, BPTT(), source, steps, False).total_bytes, free_memory(model.device)
+    needed = needed * torch.float64.itemsize // model.dtype.itemsize  # type: ignore[union-attr]
+    if needed > free:
+        raise ValueError(
+            f"--steps {steps}: BPTT in float64 would take about {readable(needed)}, and {readable(free)} are free: "
+            f"take at most about {steps * free // needed}"
+        )
 
 
 def describe(batch: Batch) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
+from tqdm import tqdm
 
 from rtrl_moe_pl.cells import RoutedCell
 from rtrl_moe_pl.cells.base import at_least, positive
@@ -81,7 +82,7 @@ def forecast(
         + f"; {readable(allowed)} may be taken"
     )
     rows = []
-    for algorithm in candidates(model, columns):
+    for algorithm in tqdm(candidates(model, columns), "timing", leave=False, disable=None):
         whole = algorithm.window is None
         data, together = (longest, length) if whole else (timed, columns)
         rows.append(examine(model, algorithm, source, data, together, streams and not whole, allowed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,17 @@ def test_verdict_on_the_command_line(
     chosen = ("--model.cell", cell, "--model.cell.hidden_size", "4", "--model.gradient", gradient)
     assert run("audit", *chosen, "--model.gradient.window", "3", "--steps", "30") == 0
     assert capsys.readouterr().out.endswith(f"verdict: {verdict}\n")
+
+
+def test_more_steps_than_fit_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    steps = 10**12
+    assert run("audit", "--steps", str(steps)) == 1
+    captured = capsys.readouterr()
+    message = rf"error: --steps {steps}: BPTT in float64 would take about .* are free: take at most about (\d+)\n"
+    found = re.search(message, captured.err)
+    assert found
+    assert 0 < int(found[1]) < steps
+    assert "verdict" not in captured.out
 
 
 @pytest.mark.parametrize(
