@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rtrl_moe_pl.training.checkpoints import newest_readable
 
+PER_CORE = 8  # processes at most; more would fill the memory before the first of them says what is wrong
 LAST = "RTRL_MOE_PL_LAST"  # environment variable: the checkpoint that the first process took for the last
 
 
@@ -38,7 +39,9 @@ def count_processes(trainer: Any) -> int:
     elif isinstance(trainer.devices, list) or "," in devices:
         count = len([device for device in devices.strip("[]").split(",") if device.strip()])
     elif devices.isdigit():
-        count = int(devices)
+        count, cores = int(devices), os.cpu_count() or 1
+        if count > PER_CORE * cores:
+            raise ValueError(f"trainer.devices={count} is more than {PER_CORE} processes for each of {cores} cores")
     else:
         raise ValueError(f"trainer.devices: needs a number, a list of indices, or auto, got {devices or repr(devices)}")
     return count * trainer.num_nodes

@@ -41,6 +41,7 @@ CASES = [
         "limit", ["--trainer.limit_train_batches=-1"], ["trainer.limit_train_batches: You have passed invalid value -1"]
     ),
     Case("devices 0", ["--trainer.devices=0"], ["trainer.devices: `Trainer(devices='0')` value is not a valid input"]),
+    Case("devices", ["--trainer.devices=9999"], ["trainer.devices=9999 is more than 8 processes for each of "]),
     Case("no devices", ["--trainer.devices="], ["trainer.devices: needs a number, a list of indices, or auto, got ''"]),
     Case("nodes", ["--trainer.num_nodes=0"], ["trainer.num_nodes: `num_nodes` must be a positive integer, but got 0"]),
     Case(
