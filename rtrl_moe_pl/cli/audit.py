@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain, repeat
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -37,7 +38,9 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
     """
     at_least(1, "--steps", steps)
     source = prepared(model, datamodule, trainer)
-    require_room(model, source, steps)
+    first = next(source)
+    require_room(model, repeat(first), steps)
+    source = chain([first], source)
     window = model.gradient.window
     data = first_steps(source, steps if window is None else max(steps, window + 1))
     print(f"audit of {model.gradient!r}, {type(model.cell).__name__}, {describe(data)}, float64 against BPTT")

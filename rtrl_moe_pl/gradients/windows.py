@@ -126,8 +126,17 @@ def auxiliary_loss(cell: nn.Module, inputs: Tensor, given: Tensor, weight: float
 
 
 def evaluate_loss(loss_fn: LossFunction, outputs: Tensor, targets: Targets, auxiliary: Tensor | None = None) -> Tensor:
-    """The window's loss, checked to be one number; with what the cell adds."""
-    loss = loss_fn(outputs, targets)
+    """The window's loss, checked to be one number; with what the cell adds.
+
+    Raises:
+        TypeError: if the loss cannot do with the targets.
+        ValueError: if it returns anything else.
+    """
+    try:
+        loss = loss_fn(outputs, targets)
+    except (AttributeError, TypeError) as error:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise TypeError(f"the loss {name} does not take outputs and these targets: {error}") from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn returned {got}: it must return one number, summed over lanes and steps")
