@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.modules.architecture import ARCHITECTURE, architecture_of, check_architecture
 from rtrl_moe_pl.modules.figures import Stopwatch
-from rtrl_moe_pl.modules.optimization import refuse_callbacks, require_schedule, require_usable
+from rtrl_moe_pl.modules.optimization import prepare_callbacks, require_schedule, require_usable
 from rtrl_moe_pl.modules.resuming import (
     check_optimizer,
     close_epoch,
@@ -27,6 +27,7 @@ from rtrl_moe_pl.modules.resuming import (
     reopen_epoch,
     require_finite,
     require_resumable,
+    stop_again,
 )
 from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, update
 from rtrl_moe_pl.training.averaging import resume_raw
@@ -95,13 +96,14 @@ class ManualModule(LightningModule):
                 "the Trainer cannot accumulate hand-written gradients; set model.update_every instead"
             )
         refuse_half(trainer.precision)
-        refuse_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+        prepare_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         require_broadcast(trainer.strategy, trainer.world_size)
         return []
 
     def setup(self, stage: str) -> None:
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that a user gave stays
             self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        self.trainer.precision_plugin.convert_module(self)  # type: ignore[attr-defined]  # before weights are restored
         self._sums.clear()
         self._diagnosis = None
 
@@ -243,6 +245,7 @@ class ManualModule(LightningModule):
 
     def on_train_start(self) -> None:
         close_epoch(self.trainer.fit_loop)
+        stop_again(self.trainer)
         self._sums.to(self.device)
         self._figures.clear()
         if self._restored_figures is not None:

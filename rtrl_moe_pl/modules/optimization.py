@@ -25,9 +25,15 @@ UNUSABLE_CALLBACKS = (
 _NEEDS = {SparseAdam: "it takes sparse gradients alone", LBFGS: "it computes the loss again within a step"}
 
 
-def refuse_callbacks(callbacks: Iterable[object]) -> None:
-    """Raise ValueError for callbacks of Lightning that do not work with hand-written gradients."""
+def prepare_callbacks(callbacks: Iterable[object]) -> None:
+    """Raise ValueError for callbacks of Lightning that do not work with hand-written gradients.
+
+    `EarlyStopping` judges a figure of validations after validations, where nothing else was said: by itself it would
+    judge an old one at the end of an epoch that max_steps cut short, and again when the epoch goes on.
+    """
     for callback in callbacks:
+        if isinstance(callback, lightning_callbacks.EarlyStopping) and callback.monitor.startswith("val/"):
+            callback._check_on_train_epoch_end = callback._check_on_train_epoch_end or False
         if isinstance(callback, UNUSABLE_CALLBACKS):
             name = type(callback).__name__
             raise ValueError(f"trainer.callbacks: {name} does not work with hand-written gradients: leave it out")

@@ -1,4 +1,4 @@
-"""Does the optimizer of a checkpoint go on as the configuration says? What differs is refused, or said in one line."""
+"""Whether and how a run goes on from a checkpoint: its optimizer, its epoch, its early stopping."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -106,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 
 def require_resumable(checkpoint: Mapping[str, Any], carry: str) -> None:
-    """Refuse, in one line, a checkpoint that training cannot go on from, or that is no longer finite."""
+    """Refuse, in one line, a checkpoint that training cannot go on from."""
     missing = [key for key in ("optimizer_states", "lr_schedulers", "loops", carry) if key not in checkpoint]
     if missing:
         raise ValueError(
@@ -119,7 +121,9 @@ def reopen_epoch(checkpoint: dict[str, Any]) -> None:
     """Let an epoch that max_steps ended early go on: Lightning counts it as one of max_epochs."""
     loops = checkpoint["loops"]["fit_loop"]
     progress, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    if progress["total"]["processed"] == progress["total"]["started"] and not batches["is_last_batch"]:
+    counts = progress["total"]
+    ended = counts["processed"] == counts["started"] == counts["ready"] > 0
+    if ended and not batches["is_last_batch"]:
         for counts in progress.values():
             counts["processed"] -= 1
             counts["completed"] = min(counts["completed"], counts["processed"])
@@ -137,6 +141,17 @@ def close_epoch(fit_loop: Any) -> None:
             counts.completed = counts.processed
         fit_loop.reset_restart_stage()
         _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]  # FitLoop's own setter would refuse
+
+
+def stop_again(trainer: Any) -> None:
+    """Stop at once, with a warning, where early stopping had ended the run that the checkpoint is of."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+            trainer.should_stop = True
+            rank_zero_warn(
+                f"{type(callback).__name__} on {callback.monitor} has ended the run that the checkpoint is of: to go "
+                "on, leave it out of trainer.callbacks"
+            )
 
 
 def require_finite(weights: Mapping[str, Any]) -> None:

@@ -47,6 +47,7 @@ class EMA(WeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._average_model, self._swapped = None, False  # and none in evaluation: its weights stay as they are
         self._latest_update_step = trainer.global_step  # of this run, whatever run the callback was in before
+        trainer.precision_plugin.convert_module(pl_module)  # weights are restored into the average, too
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

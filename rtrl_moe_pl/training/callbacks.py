@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.training.last_checkpoint import validation_due
 
 
 class Bar(TQDMProgressBar):
@@ -24,7 +25,8 @@ class Bar(TQDMProgressBar):
 class BestCheckpoint(ModelCheckpoint):
     """The best by ``monitor``; a figure that nothing logs is refused after the first validation.
 
-    At the end of training one warning says why there is none, if so.
+    Where a validation comes after a batch, it is saved after both: a resumed run would leave the validation out. At the
+    end of training one warning says why there is none, if so.
 
     Raises:
         TypeError, ValueError: if train_time_interval is given, which has no effect under manual optimization, or if
@@ -42,6 +44,14 @@ class BestCheckpoint(ModelCheckpoint):
         for name, value in given.items():
             at_least(least, name, value)
         super().__init__(**options)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not validation_due(trainer):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
+            self._defer_save_until_validation = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)

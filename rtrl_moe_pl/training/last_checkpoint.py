@@ -98,6 +98,8 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         self._agree(trainer, pl_module)
         if self._due and _between_batches(trainer):
+            if self._due > CLOCK:  # Lightning would log after this
+                trainer._logger_connector.update_train_step_metrics()
             self._save_and_stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,7 +182,12 @@ def _between_batches(trainer: Trainer) -> bool:
     A run that resumes where a validation was due leaves it out, and with it what comes of it, such as a promotion to
     longer sequences.
     """
-    loop: Any = trainer.fit_loop.epoch_loop
-    progress, fetcher = loop.batch_progress, trainer.fit_loop._data_fetcher
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    fetcher = trainer.fit_loop._data_fetcher
     whole = progress.current.processed == progress.current.ready
-    return whole and fetcher is not None and not _is_last_batch(trainer) and not loop._should_check_val_fx(fetcher)
+    return whole and fetcher is not None and not _is_last_batch(trainer) and not validation_due(trainer)
+
+
+def validation_due(trainer: Trainer) -> bool:
+    """Whether a validation comes right after the batch at hand."""
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rtrl_moe_pl.cells import GRU, LSTM, RecurrentMoE
@@ -14,8 +13,8 @@ from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.data import HaystackDataModule
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, BlockRTRL, GradientAlgorithm, LazyExpertRTRL
 from rtrl_moe_pl.modules import SequenceModule, TemperatureAnnealing
+from rtrl_moe_pl.training import EMA
 from rtrl_moe_pl.training.checkpoints import PER_RANK
-from rtrl_moe_pl.training.last_checkpoint import LastCheckpoint
 from tests.modules.helpers import data, module, trainer
 from tests.test_cli import CONFIG
 
@@ -65,38 +64,31 @@ def test_resumed_equals_unbroken(tmp_path: Path, gradient: GradientAlgorithm, la
         assert torch.equal(value, got[name]), name
 
 
-class Batches(Callback):
-    """Keeps the epoch and the number in it of every batch, and the epochs that began."""
+@pytest.mark.parametrize("averaged", [False, True])
+def test_float64_weights_are_restored_as_they_were(tmp_path: Path, averaged: bool) -> None:
+    """Lightning restores them before it makes the module double: they would be rounded to float32."""
+    options: dict[str, Any] = {"precision": "64-true"}
 
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, int]] = []
-        self.begun: list[int] = []
+    def fit(steps: int, **how: Any) -> tuple[Trainer, SequenceModule]:
+        model = module()
+        run = trainer(tmp_path, max_steps=steps, callbacks=[EMA(0.9)] if averaged else [], **options)
+        run.fit(model, datamodule=data(), **how)
+        return run, model
 
-    def on_train_epoch_start(self, trainer, pl_module) -> None:
-        self.begun.append(trainer.current_epoch)
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        self.seen.append((trainer.current_epoch, batch_idx))
-
-
-@pytest.mark.parametrize("limit", [{}, {"max_steps": 1000}, {"max_steps": 20, "max_epochs": -1}], ids=str)
-@pytest.mark.parametrize("stop", [{"max_epochs": 2}, {"max_steps": 10}, {"max_steps": 7}, {"max_steps": 2}], ids=str)
-@pytest.mark.parametrize("after", [False, True])
-def test_epochs_are_counted_as_in_an_unbroken_run(
-    tmp_path: Path, limit: dict[str, int], stop: dict[str, int], after: bool
-) -> None:
-    """Whatever ended the run before, at the end of an epoch or within one, and ends this one."""
-    batches, run = Batches(), {"max_steps": -1, "max_epochs": 4, **limit}
-    before = trainer(tmp_path, **{**run, **stop}, callbacks=[batches, LastCheckpoint()], enable_checkpointing=True)
-    before.fit(module(), datamodule=data(steps_per_batch=12))
-    saved = tmp_path / "checkpoints" / "last.ckpt"
-    if after:
-        before.save_checkpoint(saved := tmp_path / "after.ckpt")
-    resumed = trainer(tmp_path, **run, callbacks=[batches])
-    resumed.fit(module(), datamodule=data(steps_per_batch=12), ckpt_path=str(saved))
-    assert batches.seen == [(epoch, batch) for epoch in range(4) for batch in range(5)]
-    assert batches.begun == [0, 1, 2, 3]
-    assert (resumed.global_step, resumed.current_epoch) == (20, 4)
+    first, unbroken = fit(9)
+    stopped, _ = fit(6)
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    second, resumed = fit(9, ckpt_path=str(tmp_path / "stopped.ckpt"))
+    assert resumed.dtype == torch.float64
+    expected, got = final(first, unbroken), final(second, resumed)
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+    evaluated = module()
+    trainer(tmp_path, limit_val_batches=1, **options).validate(
+        evaluated, datamodule=data(), ckpt_path=str(tmp_path / "stopped.ckpt"), verbose=False
+    )
+    saved = torch.load(tmp_path / "stopped.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in evaluated.state_dict().items() if name in saved)
 
 
 @pytest.mark.parametrize("stopped", [3, 5, 10])
