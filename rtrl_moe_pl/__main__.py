@@ -47,8 +47,10 @@ def run() -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
-    from rtrl_moe_pl.cli import main  # late, so that the help is quick
-
+    try:
+        from rtrl_moe_pl.cli import main  # late, so that the help is quick
+    except KeyboardInterrupt:
+        return 130
     return main()
 
 

@@ -84,7 +84,7 @@ class CommandLine(LightningCLI):
             trainer_class=DiagnosisTrainer,
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=args,
@@ -164,6 +164,8 @@ class CommandLine(LightningCLI):
     def before_validate(self) -> None:
         config = self.config_init[self.config.subcommand]
         self._verbose, config.verbose = config.verbose, False  # Lightning's table cuts names off
+        if config.ckpt_path is None and getattr(self.model, "pretrained", None) is None:
+            rank_zero_warn("these are the figures of untrained weights: for trained ones give --ckpt_path")
 
     def after_validate(self) -> None:
         """Print all figures, with full names."""
@@ -277,7 +279,8 @@ def _run(arguments: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         return 130
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if rank_zero_only.rank == 0:
+            print(stop, file=sys.stderr)
         return 128 + stop.number
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not printed("\n"):  # a broken pipe of workers is another matter

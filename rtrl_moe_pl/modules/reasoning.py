@@ -83,6 +83,8 @@ class ReasoningModule(ManualModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, gradient_clip, update_every)
         self.shape = shape
+        if decoder is None or encoder is None:
+            raise TypeError("decoder and encoder must be classes, got null")
         self.decoder = decoder(shape)
         self.encoder = encoder(shape, self.decoder.width, self.decoder.prefix)
         self.mode: Mode = one_of(get_args(Mode), "mode", mode)  # type: ignore[assignment]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 # What a checkpoint holds besides what is equal on all ranks: the carry of a module (see modules.base).
 PER_RANK = "rtrl_moe_pl_per_rank"
+SAVED_AT = "rtrl_moe_pl_saved_at"  # seconds since 1970: a copied or touched file has another time than its own
 MISSING = "does not exist"
 WEIGHTS = ("state_dict",)
 WHOLE = (*WEIGHTS, "pytorch-lightning_version")  # what Lightning needs
@@ -40,7 +42,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
+                torch.save({**checkpoint, SAVED_AT: time.time()}, file)
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(place)
@@ -103,16 +105,26 @@ def newest_readable(folder: Path, resumable: bool = False) -> Path:
                 rank_zero_warn(f"--ckpt_path last: {passed}: passed over, an older one is taken")
             return path
         faults.append(f"{path} {fault}")
+    passed = f" ({faults[0]}{f', and {len(faults) - 1} more' if len(faults) > 1 else ''})" if faults else ""
     raise FileNotFoundError(
-        f"--ckpt_path last: no complete checkpoint below {folder} ({len(found)} damaged); "
+        f"--ckpt_path last: no complete checkpoint below {folder}{passed}; "
         "set trainer.default_root_dir to where the run was written, or leave out --ckpt_path"
     )
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
-    """By the time of writing; of the same time, by name."""
+    """By the time of saving; of the same time, by name."""
     present = [path for path in paths if path.exists()]  # a running training removes old ones
-    return sorted(present, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    return sorted(present, key=lambda path: (_saved_at(path), path.name), reverse=True)
+
+
+def _saved_at(path: Path) -> float:
+    """What the file says, or else its time."""
+    held: Any = None
+    with contextlib.suppress(Exception):  # what is wrong with it is said when it is read
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    time_of_file = path.stat().st_mtime
+    return held.get(SAVED_AT, time_of_file) if isinstance(held, dict) else time_of_file
 
 
 def _fault(path: Path, needed: Sequence[str]) -> str | None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 from rtrl_moe_pl.cells.base import at_least, positive
 from rtrl_moe_pl.training.failure import NumericalFailure
@@ -116,6 +117,8 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
         self._restore_handlers()
+        if self.last_model_path:
+            rank_zero_info(f"saved: {self.last_model_path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()

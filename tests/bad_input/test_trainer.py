@@ -42,6 +42,7 @@ CASES = [
     ),
     Case("devices 0", ["--trainer.devices=0"], ["trainer.devices: `Trainer(devices='0')` value is not a valid input"]),
     Case("devices", ["--trainer.devices=9999"], ["trainer.devices=9999 is more than 8 processes for each of "]),
+    Case("abbreviation", ["--trainer.max_step=5"], ["unknown key trainer.max_step"]),
     Case("no devices", ["--trainer.devices="], ["trainer.devices: needs a number, a list of indices, or auto, got ''"]),
     Case("nodes", ["--trainer.num_nodes=0"], ["trainer.num_nodes: `num_nodes` must be a positive integer, but got 0"]),
     Case(
