@@ -14,6 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from rtrl_moe_pl.training.checkpoints import PER_RANK, shard_of
 
+PARENT = "RTRL_MOE_PL_PARENT"  # environment variable: number of the process that starts the others
+
 
 def require_same_processes(saved: dict[str, Any], running: int) -> None:
     """Refuse to take up lanes, or sums of gradients, that were spread over another number of processes."""
@@ -51,7 +53,9 @@ def end_with_parent(stop: threading.Event, every: float = 2.0) -> None:
     The parent watches its children (Lightning's launcher, torchrun); without it a collective of NCCL would wait for
     its timeout. An error of a collective has time to be printed first.
     """
-    parent = os.getppid()
+    # A process that reads its parent's number late may have lost the parent already.
+    told = None if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get(PARENT)
+    parent = os.getppid() if told is None else int(told)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -74,6 +78,11 @@ class BroadcastStrategy(DDPStrategy):
 
     _finished: threading.Event
 
+    def _configure_launcher(self) -> None:
+        if "LOCAL_RANK" not in os.environ:  # this is the process that starts the others
+            os.environ[PARENT] = str(os.getpid())
+        super()._configure_launcher()
+
     def setup_environment(self) -> None:
         self._finished = threading.Event()
         if self.local_rank > 0:
@@ -82,6 +91,8 @@ class BroadcastStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         self._finished.set()
+        if os.environ.get(PARENT) == str(os.getpid()):
+            del os.environ[PARENT]
         super().teardown()
 
     def configure_ddp(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,17 @@ def test_a_lost_process_ends_the_run(here: Path, faults: list[str], status: int,
         assert line.startswith(expected)
     assert len(errors) >= len(lines)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_a_process_that_is_lost_while_it_starts_the_others_leaves_none_behind(here: Path) -> None:
+    command = [sys.executable, "-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", *TWO]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as first:
+        assert first.stdout is not None
+        assert any("MEMBER: 1/2" in line for line in first.stdout)  # the second is importing torch
+        first.kill()
+        first.stdout.read()  # until the second has closed it
 
 
 # ---- another number of processes
