@@ -106,7 +106,7 @@ def test_without_a_logger_nothing_is_overwritten_either(here: Path) -> None:
     for _ in range(2):
         assert run("fit", "--trainer.logger", "false") == 0
     names = sorted(path.name for path in (here / "checkpoints").iterdir())
-    last = ["last-step10-v1.ckpt", "last-step10.ckpt", "last-step5-v1.ckpt", "last-step5.ckpt"]
+    last = [f"last-step{step}-batch{step}{again}.ckpt" for step in (10, 5) for again in ("-v1", "")]
     assert [name for name in names if name.startswith("last")] == [*last, "last-v1.ckpt", "last.ckpt"]
     assert (here / "config.yaml").read_text() == CONFIG
 
@@ -286,7 +286,7 @@ def test_two_processes_equal_one_with_the_double_batch(here: Path, capsys: pytes
     again = ("--ckpt_path", str(folder / "last.ckpt"))
     broken = python("-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", *two, *again, folder=here)
     assert broken.returncode != 0
-    assert "last.ckpt is incomplete: its shard last-step10.ckpt.rank1 does not exist" in broken.stderr
+    assert "last.ckpt is incomplete: its shard last-step10-batch10.ckpt.rank1 does not exist" in broken.stderr
 
 
 def test_a_linked_option_that_is_overruled_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,10 @@ class GradientAlgorithm(ABC):
     @abstractmethod
     def _init(self, cell: nn.Module, state: Tensor) -> Memory: ...
 
+    def require_room(self, cell: nn.Module, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Raise MemoryForecastError unless what is carried for so many lanes fits in the free memory."""
+        return None
+
     @abstractmethod
     def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
         """Memory and cost for windows cut from ``steps`` delivered steps."""

@@ -147,14 +147,14 @@ class LazyExpertRTRL(BlockRTRL):
         ring, tree = 0 if self.catch_up == "block" else self.ring, self.catch_up == "tree"
         return LazyExpertSensitivity(*sizes, slot_size=cell.slot_size, ring=ring, tree=tree, storage=self.storage)
 
-    def _require_room(self, cell: nn.Module, state: Tensor) -> None:
-        kept, free = self._ring_bytes(len(state), state.shape[1], state.dtype), free_memory(state.device)
+    def require_room(self, cell: nn.Module, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        kept, free = self._ring_bytes(batch, int(cell.state_size), dtype), free_memory(device)
         if kept > free >= 2 * kept / self.ring:
             raise MemoryForecastError(
                 f"{self} keeps {readable(kept)} of the state's derivatives, but {readable(free)} are free: "
                 "set a smaller ring"
             )
-        super()._require_room(cell, state)
+        super().require_room(cell, batch, dtype, device)
 
     def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
         found = super().forecast(cell, batch_size, dtype, steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Literal
 
 import torch
@@ -115,7 +116,7 @@ class RTRL(GradientAlgorithm):
         refuse_batch_norm(cell)
         parameters = recurrent_parameters(cell)
         shapes = {name: p.shape for name, p in parameters.items() if p.requires_grad}
-        self._require_room(cell, state)
+        self.require_room(cell, state.shape[0], state.dtype, state.device)
         sensitivity = self._sensitivity(cell, shapes, state)
         return Memory(state, sensitivity, linearizer=self._linearizer(cell, parameters))
 
@@ -125,23 +126,21 @@ class RTRL(GradientAlgorithm):
     def _sensitivity(self, cell: nn.Module, shapes: dict[str, torch.Size], state: Tensor) -> Sensitivity:
         return DenseSensitivity(shapes, *state.shape, state.dtype, state.device, storage=self.storage)
 
-    def _require_room(self, cell: nn.Module, state: Tensor) -> None:
-        batch, size = state.shape
-
+    def require_room(self, cell: nn.Module, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         def forecast(lanes: int) -> Forecast:
-            return self.forecast(cell, lanes, state.dtype, self.chunk_for(cell, batch_size=lanes))
+            return self.forecast(cell, lanes, dtype, self.chunk_for(cell, batch_size=lanes))
 
-        chunk, needed, free = self.chunk_for(cell, batch_size=batch), forecast(batch), free_memory(state.device)
+        chunk, needed, free = self.chunk_for(cell, batch_size=batch), forecast(batch), free_memory(device)
         if needed.total_bytes > free:
             count = sum(p.numel() for p in cell.parameters() if p.requires_grad)
-            lanes = next((n for n in range(batch - 1, 0, -1) if forecast(n).total_bytes <= free), 0)
+            lanes = bisect_right(range(1, batch), free, key=lambda n: forecast(n).total_bytes)
             fix = f"lower batch_size to {lanes}" if lanes > 0 else "make the cell smaller"
             steps = int((free - needed.influence_bytes) * chunk / needed.workspace_bytes)
             fix = f"set chunk to {steps}, {fix}" if steps > 0 else fix
             raise MemoryForecastError(
-                f"{self} needs {readable(needed.influence_bytes)} for the influence matrix (B={batch}, S={size}, "
-                f"{count} parameters) and about {readable(needed.workspace_bytes)} for a chunk, but "
-                f"{readable(free)} are free: {fix}, or use TBPTT"
+                f"{self} needs {readable(needed.influence_bytes)} for the influence matrix (B={batch}, "
+                f"S={cell.state_size}, {count} parameters) and about {readable(needed.workspace_bytes)} for a chunk, "
+                f"but {readable(free)} are free: {fix}, or use TBPTT"
             )
 
     def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:

@@ -33,6 +33,7 @@ from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, u
 from rtrl_moe_pl.training.averaging import resume_raw
 from rtrl_moe_pl.training.checkpoints import PER_RANK, DurableCheckpointIO
 from rtrl_moe_pl.training.failure import first_bad
+from rtrl_moe_pl.training.last_checkpoint import batches_behind
 from rtrl_moe_pl.training.strategy import require_broadcast, require_same_processes
 
 
@@ -222,6 +223,7 @@ class ManualModule(LightningModule):
         checkpoint[PER_RANK] = {
             "world_size": self.trainer.world_size,
             "global_step": self.trainer.global_step,
+            "batches": batches_behind(self.trainer),  # several may be saved between two steps
             "carry": self.carry_state(),
             "sums": self._sums.state_dict(),
             "figures": self._figures.state_dict(),

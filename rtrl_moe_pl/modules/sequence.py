@@ -93,6 +93,11 @@ class SequenceModule(ManualModule):
                 "set data.layout to 'sequences', or use TBPTT or RTRL"
             )
 
+    def on_fit_start(self) -> None:
+        lanes = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if isinstance(lanes, int):  # before a batch of so many is made
+            self.gradient.require_room(self.cell, lanes, self.dtype, self.device)  # type: ignore[arg-type]
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         inputs, targets, starts = batch.inputs, tuple(batch.targets), batch.starts  # a DataLoader makes lists of tuples
         memory = self._memory_for(inputs, starts)

@@ -143,8 +143,8 @@ def _fault(path: Path, needed: Sequence[str]) -> str | None:
         part = _read(shard) if shard.is_file() else MISSING
         if isinstance(part, str):
             return f"is incomplete: its shard {shard.name} {part}"
-        if part[PER_RANK].get("global_step") != checkpoint[PER_RANK].get("global_step"):
-            return f"is incomplete: its shard {shard.name} is of another step"
+        if any(part[PER_RANK].get(key) != checkpoint[PER_RANK].get(key) for key in ("global_step", "batches")):
+            return f"is incomplete: its shard {shard.name} is of another step or batch"
     return None
 
 

@@ -39,7 +39,7 @@ class Interrupted(Exception):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """``last.ckpt``, a link to the newest of ``last-stepN.ckpt``, of which the newest few are kept.
+    """``last.ckpt``, a link to the newest of ``last-stepN-batchM.ckpt``, of which the newest few are kept.
 
     They are saved after every validation and at the end, whatever the accuracy (the best has its own callback); after
     the first batch that ends ``minutes`` after the one before; after the last whole batch if something else fails
@@ -59,7 +59,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, keep: int = 2, minutes: float = 10.0) -> None:
         super().__init__(
-            filename="last-step{step}",
+            filename=f"last-step{{step}}-{BATCH}{{{BATCH}}}",  # no name is used twice: a kill would leave halves of two
             auto_insert_metric_name=False,
             monitor=BATCH,  # the newest are the best
             mode="max",
@@ -149,15 +149,15 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        self._saved, self._saved_batch = time.monotonic(), _batches(trainer)
+        self._saved, self._saved_batch = time.monotonic(), batches_behind(trainer)
 
     def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
         # Lightning saves no two of one optimizer step, whatever was summed and carried in between.
-        self._last_global_step_saved = trainer.global_step if self._saved_batch == _batches(trainer) else -1
+        self._last_global_step_saved = trainer.global_step if self._saved_batch == batches_behind(trainer) else -1
         return super()._should_skip_saving_checkpoint(trainer)
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, torch.Tensor]:
-        return {**super()._monitor_candidates(trainer), BATCH: torch.tensor(_batches(trainer))}
+        return {**super()._monitor_candidates(trainer), BATCH: torch.tensor(batches_behind(trainer))}
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
@@ -170,7 +170,7 @@ class LastCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
 
 
-def _batches(trainer: Trainer) -> int:
+def batches_behind(trainer: Trainer) -> int:
     """Batches behind, that of a hook at its end counted in."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 

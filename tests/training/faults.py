@@ -10,11 +10,22 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from rtrl_moe_pl.training.checkpoints import DurableCheckpointIO
+
+
+class KilledInstead(DurableCheckpointIO):
+    """Is killed when it is to write, after the others have written."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
 
 class Fault(Callback):
-    """At a batch of one rank, by default the third, it raises, is killed, or stalls (beside another rank's fault)."""
+    """At a batch of one rank, by default the third, it raises, is killed (there, or at the next checkpoint), or stalls
+    (beside another rank's fault)."""
 
-    def __init__(self, rank: int, what: Literal["raise", "kill", "stall"], batch: int = 2) -> None:
+    def __init__(self, rank: int, what: Literal["raise", "kill", "kill_saving", "stall"], batch: int = 2) -> None:
         self.rank, self.what, self.batch = rank, what, batch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -23,4 +34,7 @@ class Fault(Callback):
                 raise ValueError(f"the data of rank {self.rank} cannot be read")
             if self.what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(1000)
+            if self.what == "kill_saving":
+                trainer.strategy.checkpoint_io = KilledInstead()
+            else:
+                time.sleep(1000)

@@ -121,9 +121,10 @@ def test_a_checkpoint_without_the_shard_of_a_rank_is_not_whole(tmp_path: Path) -
         require_readable(path)
     torch.save({PER_RANK: {}}, tmp_path / "a.ckpt.rank2")
     require_readable(path)
-    torch.save({PER_RANK: {"global_step": 4}}, tmp_path / "a.ckpt.rank2")
-    with pytest.raises(ValueError, match=r"its shard a\.ckpt\.rank2 is of another step"):
-        require_readable(path)
+    for other in ({"global_step": 4}, {"batches": 4}):
+        torch.save({PER_RANK: other}, tmp_path / "a.ckpt.rank2")
+        with pytest.raises(ValueError, match=r"its shard a\.ckpt\.rank2 is of another step or batch"):
+            require_readable(path)
     empty(tmp_path / "a.ckpt.rank1")
     with pytest.raises(ValueError, match=r"its shard a\.ckpt\.rank1 is truncated or corrupt"):
         require_readable(path)

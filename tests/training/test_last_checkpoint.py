@@ -62,15 +62,15 @@ def names(folder: Path) -> list[str]:
 
 def test_the_newest_few_are_kept_and_last_points_to_the_newest(tmp_path: Path) -> None:
     fit(tmp_path, LastCheckpoint(keep=3))
-    assert names(tmp_path) == ["last-step12.ckpt", "last-step7.ckpt", "last-step9.ckpt", "last.ckpt"]
-    assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == "last-step12.ckpt"
+    assert names(tmp_path) == [*(f"last-step{step}-batch{step}.ckpt" for step in (12, 7, 9)), "last.ckpt"]
+    assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == "last-step12-batch12.ckpt"
 
 
 def test_the_clock_saves_too_except_where_a_validation_is_due(tmp_path: Path) -> None:
     """Where one is due it is saved after it, since a run that resumes before it would leave it out."""
     fit(tmp_path, LastCheckpoint(keep=20, minutes=1e-9))
-    assert {f"last-step{step}.ckpt" for step in range(1, 13)} | {"last.ckpt"} == set(names(tmp_path))
-    states = [torch.load(tmp_path / "checkpoints" / f"last-step{step}.ckpt") for step in (1, 2, 3)]
+    assert {f"last-step{step}-batch{step}.ckpt" for step in range(1, 13)} | {"last.ckpt"} == set(names(tmp_path))
+    states = [torch.load(tmp_path / "checkpoints" / f"last-step{step}-batch{step}.ckpt") for step in (1, 2, 3)]
     validated = [s["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]["completed"] for s in states]
     assert validated == [0, 3, 3]
 
@@ -81,7 +81,8 @@ def test_a_run_that_is_told_to_stop_goes_on_from_there(tmp_path: Path, batch: in
     """In mid-epoch, before a validation, at the end of an epoch, and after it."""
     whole = final(*fit(tmp_path / "unbroken", LastCheckpoint()))
     before = [signal.getsignal(each) for each in SIGNALS]
-    with pytest.raises(Interrupted, match=rf"stopped by {number.name} at step {batch}; .*last-step{batch}\.ckpt"):
+    name = rf"last-step{batch}-batch{batch}\.ckpt"
+    with pytest.raises(Interrupted, match=f"stopped by {number.name} at step {batch}; .*{name}"):
         fit(tmp_path, At(batch, tell(number)), LastCheckpoint())
     assert [signal.getsignal(each) for each in SIGNALS] == before
     resumed = final(*fit(tmp_path, LastCheckpoint(), resume=True))
@@ -92,7 +93,7 @@ def test_a_run_that_is_told_to_stop_goes_on_from_there(tmp_path: Path, batch: in
 def test_a_signal_in_a_validation_waits_for_its_end(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="at step 2"):
         fit(tmp_path, At(2, tell(signal.SIGTERM), "on_validation_batch_start"), LastCheckpoint())
-    assert names(tmp_path) == ["last-step2.ckpt", "last.ckpt"]
+    assert names(tmp_path) == ["last-step2-batch2.ckpt", "last.ckpt"]
     progress = torch.load(tmp_path / "checkpoints" / "last.ckpt")["loops"]["fit_loop"]
     assert progress["epoch_loop.val_loop.batch_progress"]["total"]["completed"] == 3  # one of every length
 
@@ -105,7 +106,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
 
     with pytest.raises(SystemExit):  # of Lightning, which takes KeyboardInterrupt
         fit(tmp_path, At(3, twice), LastCheckpoint())
-    assert names(tmp_path) == ["last-step2.ckpt", "last.ckpt"]
+    assert names(tmp_path) == ["last-step2-batch2.ckpt", "last.ckpt"]
 
 
 @pytest.mark.parametrize(("hook", "batch", "saved"), [("on_train_batch_end", 3, 3), ("on_train_batch_start", 4, 2)])
@@ -113,7 +114,7 @@ def test_after_an_exception_the_last_whole_batch_is_kept(tmp_path: Path, hook: s
     """One within a batch may have left half an update: there the one before stays."""
     with pytest.raises(RuntimeError, match="something else"):
         fit(tmp_path, At(batch, fail, hook), LastCheckpoint())
-    assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == f"last-step{saved}.ckpt"
+    assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == f"last-step{saved}-batch{saved}.ckpt"
 
 
 def test_batches_that_make_no_optimizer_step_are_saved_too(tmp_path: Path) -> None:

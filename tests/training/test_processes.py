@@ -53,6 +53,17 @@ def start(*options: str, launcher: tuple[str, ...] = ()) -> subprocess.Completed
     return python(*command, folder=Path.cwd())
 
 
+def with_faults(*faults: str) -> list[str]:
+    """Options for faults of the form "what rank", or "what rank batch"."""
+    options = []
+    for fault in faults:
+        what, rank, *batch = fault.split()
+        options += ["--trainer.callbacks+", "tests.training.faults.Fault"]
+        options += ["--trainer.callbacks.rank", rank, "--trainer.callbacks.what", what]
+        options += [argument for number in batch for argument in ("--trainer.callbacks.batch", number)]
+    return options
+
+
 def weights(folder: str) -> tuple[int, dict[str, torch.Tensor]]:
     newest = max(Path(folder).rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
     checkpoint = torch.load(newest, weights_only=True)
@@ -103,7 +114,7 @@ def test_processes_that_find_different_checkpoints_are_refused(here: Path, monke
     """Here the second is told of one that the first, which looks for it, finds to be old."""
     last = ("--ckpt_path", "last", "--trainer.max_steps", "9")
     assert start(*TWO).returncode == 0
-    monkeypatch.setenv(LAST, str(max(here.rglob("last-step3.ckpt"))))
+    monkeypatch.setenv(LAST, str(max(here.rglob("last-step3-batch3.ckpt"))))
     assert start(*TWO, *last, "--trainer.max_steps", "6").returncode == 0
     done = start(*TWO, *last, launcher=TORCHRUN)
     assert done.returncode == 1
@@ -130,13 +141,7 @@ def test_a_lost_process_ends_the_run(here: Path, faults: list[str], status: int,
 
     `subprocess.run` returns when the last process has closed its output.
     """
-    options = []
-    for fault in faults:
-        what, rank, *batch = fault.split()
-        options += ["--trainer.callbacks+", "tests.training.faults.Fault"]
-        options += ["--trainer.callbacks.rank", rank, "--trainer.callbacks.what", what]
-        options += [argument for number in batch for argument in ("--trainer.callbacks.batch", number)]
-    done = start(*TWO, *options, "--trainer.max_steps", "-1", "--trainer.max_epochs", "1000")
+    done = start(*TWO, *with_faults(*faults), "--trainer.max_steps", "-1", "--trainer.max_epochs", "1000")
     assert done.returncode == status, done.stderr[-3000:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(errors) <= 2
@@ -155,6 +160,25 @@ def test_a_process_that_is_lost_while_it_starts_the_others_leaves_none_behind(he
         assert any("MEMBER: 1/2" in line for line in first.stdout)  # the second is importing torch
         first.kill()
         first.stdout.read()  # until the second has closed it
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_a_checkpoint_that_one_rank_did_not_finish_is_passed_over(here: Path) -> None:
+    """Batches 4 and 5 are of the same optimizer step: a file of one and a shard of the other would be of none."""
+    every = ("--model.update_every", "3", "--data.batches_per_epoch", "6", "--trainer.max_steps", "2")
+    saving = ("--last_checkpoint.minutes", "1e-5", "--last_checkpoint.keep", "1")
+    assert fit(*every, "--trainer.default_root_dir", "unbroken") == 0
+    halves = (*every, *TWO, "--trainer.default_root_dir", "halves")
+    assert start(*halves, *saving, *with_faults("kill_saving 1 4")).returncode != 0
+    done = start(*halves, "--ckpt_path", "last")
+    assert done.returncode == 0, done.stderr[-3000:]
+    passed = "last-step1-batch5.ckpt is incomplete: its shard last-step1-batch5.ckpt.rank1 does not exist: passed over"
+    assert passed in done.stderr
+    (steps, expected), (found_steps, found) = weights("unbroken"), weights("halves")
+    assert steps == found_steps == 2
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
 # ---- another number of processes
