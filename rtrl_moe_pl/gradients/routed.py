@@ -148,7 +148,7 @@ class LazyExpertRTRL(BlockRTRL):
         return LazyExpertSensitivity(*sizes, slot_size=cell.slot_size, ring=ring, tree=tree, storage=self.storage)
 
     def require_room(self, cell: nn.Module, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        kept, free = self._ring_bytes(batch, int(cell.state_size), dtype), free_memory(device)
+        kept, free = self._ring_bytes(batch, int(cell.state_size), dtype), free_memory(device)  # type: ignore[arg-type]
         if kept > free >= 2 * kept / self.ring:
             raise MemoryForecastError(
                 f"{self} keeps {readable(kept)} of the state's derivatives, but {readable(free)} are free: "
