@@ -5,7 +5,7 @@
 
 Four lanes of a^n b^n, learned online through the command line: an update after every 256 steps, figures, progress bar,
 TensorBoard, warnings and checkpoints as a user has them. Every tenth of the tokens: the peak memory of the process, and
-the tokens per second: by the wall, of the median batch, and by the processor's time. Every run has a process of its own.
+the tokens per second: by the wall, of the median batch, and by the time of the processor. Each run is a process.
 """
 
 from __future__ import annotations
