@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rtrl_moe_pl.training.checkpoints import PER_RANK, shard_of
 
@@ -68,6 +71,11 @@ def end_with_parent(stop: threading.Event, every: float = 2.0) -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
+def end_on_sigterm(number: int, frame: FrameType | None) -> None:
+    """A handler of SIGTERM that ends this process; the others end at their next collective, as if it were lost."""
+    raise SIGTERMException
+
+
 class BroadcastStrategy(DDPStrategy):
     """Data parallelism for modules that write ``p.grad`` themselves (``strategy: broadcast``).
 
@@ -94,6 +102,13 @@ class BroadcastStrategy(DDPStrategy):
         if os.environ.get(PARENT) == str(os.getpid()):
             del os.environ[PARENT]
         super().teardown()
+
+    def barrier(self, name: str | None = None) -> None:
+        # The first thing after Lightning put up a handler of SIGTERM that makes a collective, wherever the process is,
+        # and waits for ever. It takes this one away with its own.
+        if name == "run-stage" and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, end_on_sigterm)
+        super().barrier(name)
 
     def configure_ddp(self) -> None:
         assert self.model is not None

@@ -22,10 +22,12 @@ class KilledInstead(DurableCheckpointIO):
 
 
 class Fault(Callback):
-    """At a batch of one rank, by default the third, it raises, is killed (there, or at the next checkpoint), or stalls
-    (beside another rank's fault)."""
+    """At a batch of one rank, by default the third, it raises, is killed (there, or at the next checkpoint), is
+    told to end (by SIGTERM, at a batch of a validation too), or stalls (beside another rank's fault)."""
 
-    def __init__(self, rank: int, what: Literal["raise", "kill", "kill_saving", "stall"], batch: int = 2) -> None:
+    def __init__(
+        self, rank: int, what: Literal["raise", "kill", "kill_saving", "terminate", "stall"], batch: int = 2
+    ) -> None:
         self.rank, self.what, self.batch = rank, what, batch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -36,5 +38,11 @@ class Fault(Callback):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.what == "kill_saving":
                 trainer.strategy.checkpoint_io = KilledInstead()
+            elif self.what == "terminate":
+                os.kill(os.getpid(), signal.SIGTERM)
             else:
                 time.sleep(1000)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if self.what == "terminate":
+            self.on_train_batch_start(trainer, pl_module, batch, batch_idx)

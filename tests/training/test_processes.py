@@ -47,10 +47,9 @@ def fit(*options: str) -> int:
     return main(["fit", "--config", "config.yaml", *options])
 
 
-def start(*options: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """``fit`` as a command, in the working directory."""
-    command = ("-m", *launcher, "rtrl_moe_pl", "fit", "--config", "config.yaml", *options)
-    return python(*command, folder=Path.cwd())
+def start(*options: str, launcher: tuple[str, ...] = (), command: str = "fit") -> subprocess.CompletedProcess[str]:
+    """A subcommand as a command, in the working directory."""
+    return python("-m", *launcher, "rtrl_moe_pl", command, "--config", "config.yaml", *options, folder=Path.cwd())
 
 
 def with_faults(*faults: str) -> list[str]:
@@ -160,6 +159,28 @@ def test_a_process_that_is_lost_while_it_starts_the_others_leaves_none_behind(he
         assert any("MEMBER: 1/2" in line for line in first.stdout)  # the second is importing torch
         first.kill()
         first.stdout.read()  # until the second has closed it
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize(
+    ("rank", "command", "options"),
+    [
+        (1, "fit", ()),  # in the check of validation before it
+        (1, "validate", ()),
+        (1, "fit", ("--trainer.enable_checkpointing", "false", "--trainer.num_sanity_val_steps", "0")),
+        (0, "validate", ()),
+    ],
+)
+def test_sigterm_to_one_process_ends_the_run_where_nothing_is_saved(
+    here: Path, rank: int, command: str, options: tuple[str, ...]
+) -> None:
+    done = start(*TWO, *options, *with_faults(f"terminate {rank} 0"), command=command)
+    assert done.returncode == (143 if rank == 0 else 1), done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert "another process of this run has ended" in errors[0]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
