@@ -1,5 +1,6 @@
 """The best checkpoint: which figures decide it, and what is said if there is none."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from rtrl_moe_pl.cli import main
+from rtrl_moe_pl.cli.command_line import CommandLine
+from rtrl_moe_pl.training.callbacks import BestCheckpoint
 from tests.test_cli import CONFIG
 
 
@@ -62,3 +65,104 @@ def test_a_figure_that_is_not_logged_in_the_sanity_check_is_no_fault(here: Path,
     callback = "--trainer.callbacks+=tests.test_best_checkpoint.Quality"
     assert main(["fit", "--config", "config.yaml", callback, *options]) == 0
     assert list(here.rglob("best-*.ckpt"))
+
+
+class Scores(Callback):
+    """Logs a score after every validation, by the step it comes after."""
+
+    def __init__(self, scores: dict[int, float]) -> None:
+        self.scores = scores
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log("score", self.scores.get(trainer.global_step, 0.0))
+
+
+def fit(folder: Path, scores: dict[int, float], steps: int, *options: str) -> tuple[str, float | None]:
+    """The best checkpoint at the end of a run, of the whole of it, and its score."""
+    (folder / "config.yaml").write_text(CONFIG)
+    arguments = ["fit", "--config", str(folder / "config.yaml"), "--trainer.default_root_dir", str(folder)]
+    arguments += ["--checkpoint.monitor=score", "--checkpoint.mode=max", f"--trainer.max_steps={steps}", *options]
+    scorer = {"class_path": "tests.test_best_checkpoint.Scores", "init_args": {"scores": scores}}
+    run = CommandLine([*arguments, f"--trainer.callbacks+={json.dumps(scorer)}"])
+    [best] = [callback for callback in run.trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint)]
+    score = best.best_model_score
+    return best.best_model_path.removeprefix(f"{folder}/lightning_logs/"), None if score is None else float(score)
+
+
+def best_files(folder: Path) -> list[str]:
+    found = sorted((folder / "lightning_logs").rglob("best-*.ckpt"))
+    return [f"{path.parts[-3]}/{path.name}" for path in found]
+
+
+FALLING = {5: 0.5, 10: 0.9, 15: 0.7, 20: 0.8}
+RISING = {**FALLING, 20: 0.95}
+
+
+@pytest.mark.parametrize(
+    ("scores", "stops", "best", "files"),
+    [
+        (FALLING, [20], "version_0/best-step10.ckpt", ["version_0/best-step10.ckpt"]),
+        (FALLING, [12, 20], "version_0/best-step10.ckpt", ["version_0/best-step10.ckpt"]),
+        (FALLING, [12, 17, 20], "version_0/best-step10.ckpt", ["version_0/best-step10.ckpt"]),
+        (
+            RISING,
+            [12, 17, 20],
+            "version_2/best-step20.ckpt",
+            ["version_0/best-step10.ckpt", "version_2/best-step20.ckpt"],
+        ),
+    ],
+    ids=["unbroken", "once", "twice", "beaten"],
+)
+def test_the_best_so_far_is_the_one_to_beat_after_a_resume(
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+    scores: dict[int, float],
+    stops: list[int],
+    best: str,
+    files: list[str],
+) -> None:
+    """Nothing is removed from another run's folder."""
+    for run, steps in enumerate(stops):
+        path, score = fit(tmp_path, scores, steps, *(["--ckpt_path=last"] if run else []))
+    folder, name = best.split("/")
+    assert (path, score) == (f"{folder}/checkpoints/{name}", pytest.approx(max(scores.values())))
+    assert best_files(tmp_path) == files
+    assert not [warning for warning in recwarn if "best checkpoint" in str(warning.message)]
+
+
+def test_a_resumed_run_without_a_validation_keeps_the_best(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    fit(tmp_path, FALLING, 12)
+    path, score = fit(tmp_path, FALLING, 14, "--ckpt_path=last")
+    assert (path, score) == ("version_0/checkpoints/best-step10.ckpt", pytest.approx(0.9))
+    assert not [warning for warning in recwarn if "best checkpoint" in str(warning.message)]
+
+
+def test_a_best_checkpoint_that_is_gone_is_forgotten_with_a_warning(tmp_path: Path) -> None:
+    fit(tmp_path, FALLING, 12)
+    (tmp_path / "lightning_logs/version_0/checkpoints/best-step10.ckpt").unlink()
+    with pytest.warns(UserWarning, match=r"the best checkpoint so far, .*best-step10\.ckpt, is gone"):
+        path, score = fit(tmp_path, FALLING, 20, "--ckpt_path=last")
+    assert (path, score) == ("version_1/checkpoints/best-step20.ckpt", pytest.approx(0.8))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "files"),
+    [
+        (2, 2, ["version_0/best-step10.ckpt", "version_0/best-step5.ckpt", "version_1/best-step20.ckpt"]),
+        (3, 1, ["version_0/best-step10.ckpt", "version_0/best-step5.ckpt"]),
+        (1, 2, ["version_0/best-step10.ckpt", "version_1/best-step20.ckpt"]),
+    ],
+)
+def test_several_best_are_gone_on_from(tmp_path: Path, before: int, after: int, files: list[str]) -> None:
+    """Of version_1, step 15 is one of the best two until step 20 takes its place."""
+    fit(tmp_path, FALLING, 10, f"--checkpoint.save_top_k={before}")
+    path, _ = fit(tmp_path, FALLING, 20, "--ckpt_path=last", f"--checkpoint.save_top_k={after}")
+    assert path == "version_0/checkpoints/best-step10.ckpt"
+    assert best_files(tmp_path) == files
+
+
+def test_without_a_figure_the_newest_is_the_best(tmp_path: Path) -> None:
+    options = ("--checkpoint.monitor=null", "--checkpoint.mode=min")
+    fit(tmp_path, FALLING, 10, *options)
+    assert fit(tmp_path, FALLING, 15, "--ckpt_path=last", *options)[0] == "version_1/checkpoints/best-step15.ckpt"
+    assert best_files(tmp_path) == ["version_0/best-step10.ckpt", "version_1/best-step15.ckpt"]

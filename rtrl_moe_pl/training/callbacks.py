@@ -26,7 +26,8 @@ class BestCheckpoint(ModelCheckpoint):
     """The best by ``monitor``; a figure that nothing logs is refused after the first validation.
 
     Where a validation comes after a batch, it is saved after both: a resumed run would leave the validation out. At the
-    end of training one warning says why there is none, if so.
+    end of training one warning says why there is none, if so. A resumed run goes on from the best so far, which stays
+    where it is if that is another folder; it is forgotten, with a warning, only if its file is gone.
 
     Raises:
         TypeError, ValueError: if train_time_interval is given, which has no effect under manual optimization, or if
@@ -52,6 +53,31 @@ class BestCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         elif self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
             self._defer_save_until_validation = True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning forgets the scores in a new folder, and every resumed run has one. It removes no file of another.
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        best = self.best_model_path
+        if not best or self.save_top_k == 0:
+            return
+        # Here, not on loading, because all ranks have to agree on what is there.
+        top, worst = (min, max) if self.mode == "min" else (max, min)
+        scores = {path: score for path, score in self.best_k_models.items() if self.file_exists(path, trainer)}
+        while 0 < self.save_top_k < len(scores):  # fewer than before
+            del scores[worst(scores, key=scores.__getitem__)]
+        self.best_k_models = scores
+        if scores:
+            self.best_model_path = top(scores, key=scores.__getitem__)
+            self.kth_best_model_path = worst(scores, key=scores.__getitem__)
+            self.kth_value = scores[self.kth_best_model_path]
+        elif self.monitor is not None or not self.file_exists(best, trainer):
+            self.best_model_path = self.kth_best_model_path = ""
+        self.best_model_score = scores.get(self.best_model_path)
+        if best != self.best_model_path:
+            rank_zero_warn(f"the best checkpoint so far, {best}, is gone: the best of what is left and comes is kept")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
