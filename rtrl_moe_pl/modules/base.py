@@ -29,7 +29,7 @@ from rtrl_moe_pl.modules.resuming import (
     require_resumable,
     stop_again,
 )
-from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, update
+from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, sum_over_ranks, update
 from rtrl_moe_pl.training.averaging import resume_raw
 from rtrl_moe_pl.training.checkpoints import PER_RANK, DurableCheckpointIO
 from rtrl_moe_pl.training.failure import first_bad
@@ -145,7 +145,7 @@ class ManualModule(LightningModule):
         Returns:
             what the update did; None between updates.
         Raises:
-            NumericalFailure: naming the first tensor that went bad; on every rank at its next update.
+            NumericalFailure: naming the first tensor that went bad; on every rank at its next update or checkpoint.
         """
         self._sums.add(grads, weight, counts)
         if self._sums.batches < self.update_every:
@@ -215,8 +215,9 @@ class ManualModule(LightningModule):
             ((f"gradient of {name}", grad) for name, grad in self._sums.grads.items()),
         )
         bad = self._diagnosis or first_bad(tensors)
-        if bad is not None:  # before the file is opened: the last good checkpoint stays
-            raise self._failure(bad)
+        flag = torch.tensor(float(bad is not None), device=self.trainer.strategy.root_device)
+        if sum_over_ranks(flag):  # before any file is opened: the last good checkpoint stays
+            raise self._failure(bad or "a tensor of another rank is not finite")
         checkpoint[ARCHITECTURE] = architecture_of(self)
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         checkpoint |= describe(next(iter(self.trainer.optimizers), None), next(iter(schedulers), None))  # type: ignore[arg-type]

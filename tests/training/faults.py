@@ -23,10 +23,10 @@ class KilledInstead(DurableCheckpointIO):
 
 class Fault(Callback):
     """At a batch of one rank, by default the third, it raises, is killed (there, or at the next checkpoint), is
-    told to end (by SIGTERM, at a batch of a validation too), or stalls (beside another rank's fault)."""
+    told to end (by SIGTERM, at a batch of a validation too), reads NaN, or stalls (beside another rank's fault)."""
 
     def __init__(
-        self, rank: int, what: Literal["raise", "kill", "kill_saving", "terminate", "stall"], batch: int = 2
+        self, rank: int, what: Literal["raise", "kill", "kill_saving", "terminate", "nan", "stall"], batch: int = 2
     ) -> None:
         self.rank, self.what, self.batch = rank, what, batch
 
@@ -40,6 +40,8 @@ class Fault(Callback):
                 trainer.strategy.checkpoint_io = KilledInstead()
             elif self.what == "terminate":
                 os.kill(os.getpid(), signal.SIGTERM)
+            elif self.what == "nan":
+                batch.inputs.fill_(float("nan"))
             else:
                 time.sleep(1000)
 

@@ -202,6 +202,19 @@ def test_a_checkpoint_that_one_rank_did_not_finish_is_passed_over(here: Path) ->
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_no_rank_saves_when_one_has_failed(here: Path) -> None:
+    """The failure is in the second batch of three, before it reaches the others in the update."""
+    every = ("--model.update_every", "3", "--data.batches_per_epoch", "6", "--last_checkpoint.minutes", "1e-5")
+    done = start(*TWO, *every, *with_faults("nan 1 1"))
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "error (rank 1): training stopped at step 0: inputs holds" in done.stderr
+    assert "error: training stopped at step 0: a tensor of another rank is not finite" in done.stderr
+    names = sorted(path.name for path in here.glob("lightning_logs/version_0/checkpoints/*"))
+    assert names == ["last-step0-batch1.ckpt", "last-step0-batch1.ckpt.rank1", "last.ckpt"]
+
+
 # ---- another number of processes
 
 
