@@ -24,9 +24,11 @@ from rtrl_moe_pl.modules.resuming import (
     check_optimizer,
     close_epoch,
     describe,
+    generator_states,
     reopen_epoch,
     require_finite,
     require_resumable,
+    set_generators,
     stop_again,
 )
 from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, sum_over_ranks, update
@@ -73,7 +75,7 @@ class ManualModule(LightningModule):
         self.update_every = at_least(1, "update_every", update_every)
         self._figures = Stopwatch()  # of training; a subclass puts its own in its place
         self.figures: dict[str, Any] = {}  # that were logged last, by tag
-        self._restored_figures: dict[str, Any] | None = None  # of a checkpoint, until training starts
+        self._resumed: dict[str, Any] | None = None  # this rank's part of a checkpoint, until training starts
         self._sums = GradientSums()
         self._diagnosis: str | None = None
         self.resumed_at = 0  # optimizer steps of the checkpoint that training went on from
@@ -228,6 +230,7 @@ class ManualModule(LightningModule):
             "carry": self.carry_state(),
             "sums": self._sums.state_dict(),
             "figures": self._figures.state_dict(),
+            "generators": generator_states(self.device),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -243,7 +246,7 @@ class ManualModule(LightningModule):
         require_same_processes(own, self.trainer.world_size)
         self._sums.load_state_dict(own["sums"])
         self.restore_carry(own["carry"])
-        self._restored_figures = own["figures"] if own["world_size"] == self.trainer.world_size else None
+        self._resumed = own if own["world_size"] == self.trainer.world_size else None
         self.resumed_at = checkpoint["global_step"]
 
     def on_train_start(self) -> None:
@@ -251,9 +254,10 @@ class ManualModule(LightningModule):
         stop_again(self.trainer)
         self._sums.to(self.device)
         self._figures.clear()
-        if self._restored_figures is not None:
-            self._figures.load_state_dict(self._restored_figures, self.device)
-            self._restored_figures = None
+        if self._resumed is not None:
+            self._figures.load_state_dict(self._resumed["figures"], self.device)
+            set_generators(self._resumed["generators"], self.device)
+            self._resumed = None
         self._figures.resume()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

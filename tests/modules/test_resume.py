@@ -64,6 +64,35 @@ def test_resumed_equals_unbroken(tmp_path: Path, gradient: GradientAlgorithm, la
         assert torch.equal(value, got[name]), name
 
 
+class DropoutGRU(GRU):
+    def forward(self, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(super().forward(x, s), 0.3, self.training)
+
+
+@pytest.mark.filterwarnings("ignore:DropoutGRU. the steps of a window cannot be differentiated together")
+@pytest.mark.parametrize("stopped", [3, 5, 7])
+def test_random_cells_resume_bit_identically(tmp_path: Path, stopped: int) -> None:
+    """Dropout goes on from the generator's state, also where a validation was before."""
+
+    def fit(steps: int, seed: int, **how: Any) -> tuple[Trainer, SequenceModule]:
+        torch.manual_seed(1)
+        model = SequenceModule(DropoutGRU(3, 5), 2, RTRL(window=4))
+        run = trainer(tmp_path, max_steps=steps, limit_val_batches=1, num_sanity_val_steps=1)
+        torch.manual_seed(seed)
+        run.fit(model, datamodule=data(steps_per_batch=12), **how)
+        return run, model
+
+    first, unbroken = fit(9, seed=2)
+    interrupted, _ = fit(stopped, seed=2)
+    interrupted.save_checkpoint(tmp_path / "stopped.ckpt")
+    second, resumed = fit(9, seed=3, ckpt_path=str(tmp_path / "stopped.ckpt"))
+    third, other = fit(9, seed=3)
+    expected, got, control = final(first, unbroken), final(second, resumed), final(third, other)
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+    assert not torch.equal(expected["cell.input.weight"], control["cell.input.weight"])
+
+
 @pytest.mark.parametrize("averaged", [False, True])
 def test_float64_weights_are_restored_as_they_were(tmp_path: Path, averaged: bool) -> None:
     """Lightning restores them before it makes the module double: they would be rounded to float32."""
