@@ -164,8 +164,6 @@ class CommandLine(LightningCLI):
     def before_validate(self) -> None:
         config = self.config_init[self.config.subcommand]
         self._verbose, config.verbose = config.verbose, False  # Lightning's table cuts names off
-        if config.ckpt_path is None and getattr(self.model, "pretrained", None) is None:
-            rank_zero_warn("these are the figures of untrained weights: for trained ones give --ckpt_path")
 
     def after_validate(self) -> None:
         """Print all figures, with full names."""

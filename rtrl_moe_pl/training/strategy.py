@@ -29,14 +29,14 @@ def require_same_processes(saved: dict[str, Any], running: int) -> None:
         )
 
 
-def require_same_step(step: int, device: torch.device) -> None:
+def require_same_checkpoint(batches: int, device: torch.device) -> None:
     """Refuse to go on if processes that looked for the newest checkpoint themselves found several: one collective."""
-    ends = torch.tensor([step, -step], device=device)
+    ends = torch.tensor([batches, -batches], device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     last, first = int(ends[0]), -int(ends[1])
     if first != last:
         raise ValueError(
-            f"--ckpt_path: one process found a checkpoint of step {first}, another of {last}: name the file"
+            f"--ckpt_path: one process found a checkpoint of batch {first}, another of {last}: name the file"
         )
 
 
@@ -124,7 +124,7 @@ class BroadcastStrategy(DDPStrategy):
         checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
         fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if fitting and PER_RANK in checkpoint:
-            require_same_step(checkpoint["global_step"], self.root_device)
+            require_same_checkpoint(checkpoint[PER_RANK]["batches"], self.root_device)
             require_same_processes(checkpoint[PER_RANK], self.world_size)
             if not self.is_global_zero and checkpoint[PER_RANK]["world_size"] == self.world_size:
                 shard = shard_of(checkpoint_path, self.global_rank)

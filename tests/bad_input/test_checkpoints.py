@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import zipfile
@@ -103,12 +102,9 @@ def test_damaged_ones(
 def test_of_the_newest_that_is_damaged_the_one_before_is_taken(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("moe", "reasoning"):
         (there / f"{name}.ckpt").unlink()
-    shutil.copy(there / "sequence.ckpt", there / "damaged.ckpt")
-    flipped(there / "damaged.ckpt")
-    os.utime(there / "damaged.ckpt", (2e9, 2e9))
-    with pytest.warns(
-        UserWarning, match=r"damaged.ckpt is truncated or corrupt .*: passed over, an older one is taken"
-    ):
+    shutil.copy(there / "sequence.ckpt", there / "torn.ckpt")  # of two of the same time, the later name is taken
+    flipped(there / "torn.ckpt")
+    with pytest.warns(UserWarning, match=r"torn.ckpt is truncated or corrupt .*: passed over, an older one is taken"):
         assert main(["validate", *CONFIGS["sequence"], "--ckpt_path", "last"]) == 0
     assert "sequence.ckpt" in capsys.readouterr().out
 

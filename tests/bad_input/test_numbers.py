@@ -23,7 +23,7 @@ CASES = [
     Case(
         "too many lanes",
         [f"{DATA}.batch_size={10**18}"],
-        ["GB was asked for at once, more than there is: make the model or"],
+        ["TB for the influence matrix", "are free: lower batch_size to "],
     ),
     Case(
         "too long",

@@ -117,7 +117,7 @@ def test_processes_that_find_different_checkpoints_are_refused(here: Path, monke
     assert start(*TWO, *last, "--trainer.max_steps", "6").returncode == 0
     done = start(*TWO, *last, launcher=TORCHRUN)
     assert done.returncode == 1
-    assert "--ckpt_path: one process found a checkpoint of step 3, another of 6: name the file" in done.stderr
+    assert "--ckpt_path: one process found a checkpoint of batch 3, another of 6: name the file" in done.stderr
 
 
 # ---- a lost process
