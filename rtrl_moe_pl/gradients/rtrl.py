@@ -44,6 +44,7 @@ from rtrl_moe_pl.linearization import (
     pull_back,
     refuse_batch_norm,
 )
+from rtrl_moe_pl.randomness.generators import generator_states, set_generators
 from rtrl_moe_pl.sensitivities import DenseSensitivity, Sensitivity
 
 
@@ -179,7 +180,7 @@ class RTRL(GradientAlgorithm):
             effects = _side_effects(cell, inputs.device)
             given, returned = window.unroll()
             if any(not torch.equal(a, b) for a, b in zip(effects, _side_effects(cell, inputs.device), strict=True)):
-                _rewind(effects[1], inputs.device)  # the window is run again: it draws what it drew
+                set_generators(effects[1:], inputs.device)  # the window is run again: it draws what it drew
                 linearizer.fall_back("it draws random numbers or changes its buffers")
         if not linearizer.needs_graph():
             outputs, loss, grads, cotangents = _read(
@@ -222,15 +223,7 @@ class RTRL(GradientAlgorithm):
 def _side_effects(cell: nn.Module, device: torch.device) -> list[Tensor]:
     """What changes if a cell is random or keeps something beside its state: it cannot be run twice."""
     versions = torch.tensor([b._version for b in cell.buffers() if not b.is_inference()])
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return [versions, state]
-
-
-def _rewind(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+    return [versions, *generator_states(device)]
 
 
 def _read(

@@ -24,13 +24,12 @@ from rtrl_moe_pl.modules.resuming import (
     check_optimizer,
     close_epoch,
     describe,
-    generator_states,
     reopen_epoch,
     require_finite,
     require_resumable,
-    set_generators,
     stop_again,
 )
+from rtrl_moe_pl.randomness.generators import generator_states, set_generators
 from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, sum_over_ranks, update
 from rtrl_moe_pl.training.averaging import resume_raw
 from rtrl_moe_pl.training.checkpoints import PER_RANK, DurableCheckpointIO

@@ -117,18 +117,6 @@ def require_resumable(checkpoint: Mapping[str, Any], carry: str) -> None:
         )
 
 
-def generator_states(device: torch.device) -> list[Tensor]:
-    """Of torch's generators that a cell may draw from (dropout): the CPU's, and its GPU's."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def set_generators(states: Sequence[Tensor], device: torch.device) -> None:
-    """Go on from what `generator_states` gave; one that is on one side alone is left as it is."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
 def reopen_epoch(checkpoint: dict[str, Any]) -> None:
     """Let an epoch that max_steps ended early go on: Lightning counts it as one of max_epochs."""
     loops = checkpoint["loops"]["fit_loop"]
