@@ -1,6 +1,6 @@
 """Every gradient algorithm on one small task: what it learns, what it holds, how long it takes, and its gradient.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.side_by_side      # about four minutes on two cores
+    OMP_NUM_THREADS=1 python -m benchmarks.side_by_side      # about three minutes on two cores
 
 Delayed recall: one of four values is shown, and asked for after 12 to 16 steps of noise; the label is the value, and
 guessing is right one time in four. Windows are 5 steps and P is advanced after each, so that what is learned across
