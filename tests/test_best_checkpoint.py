@@ -166,3 +166,15 @@ def test_without_a_figure_the_newest_is_the_best(tmp_path: Path) -> None:
     fit(tmp_path, FALLING, 10, *options)
     assert fit(tmp_path, FALLING, 15, "--ckpt_path=last", *options)[0] == "version_1/checkpoints/best-step15.ckpt"
     assert best_files(tmp_path) == ["version_0/best-step10.ckpt", "version_1/best-step15.ckpt"]
+
+
+def test_an_epoch_cut_short_has_no_score(tmp_path: Path) -> None:
+    """The score there is then is that of the weights of step 10."""
+    fit(tmp_path, FALLING, 12, "--checkpoint.save_top_k=-1")
+    assert best_files(tmp_path) == ["version_0/best-step10.ckpt", "version_0/best-step5.ckpt"]
+
+
+def test_an_epoch_cut_short_is_kept_where_nothing_is_validated(tmp_path: Path) -> None:
+    options = ["--checkpoint.save_top_k=-1", "--trainer.limit_val_batches=0", "--checkpoint.monitor=train/loss"]
+    fit(tmp_path, FALLING, 7, *options)
+    assert best_files(tmp_path) == ["version_0/best-step5.ckpt", "version_0/best-step7.ckpt"]

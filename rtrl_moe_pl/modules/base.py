@@ -29,7 +29,7 @@ from rtrl_moe_pl.modules.resuming import (
     require_resumable,
     stop_again,
 )
-from rtrl_moe_pl.randomness.generators import generator_states, set_generators
+from rtrl_moe_pl.randomness.generators import generator_states, seed_of_rank, set_generators
 from rtrl_moe_pl.training import GradientSums, NumericalFailure, UpdateResult, sum_over_ranks, update
 from rtrl_moe_pl.training.averaging import resume_raw
 from rtrl_moe_pl.training.checkpoints import PER_RANK, DurableCheckpointIO
@@ -257,6 +257,8 @@ class ManualModule(LightningModule):
             self._figures.load_state_dict(self._resumed["figures"], self.device)
             set_generators(self._resumed["generators"], self.device)
             self._resumed = None
+        else:
+            seed_of_rank(self.trainer.global_rank)
         self._figures.resume()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

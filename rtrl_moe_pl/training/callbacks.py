@@ -54,6 +54,11 @@ class BestCheckpoint(ModelCheckpoint):
         elif self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
             self._defer_save_until_validation = True
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # An epoch that max_steps cut short was not validated: its score would be that of earlier weights.
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or not trainer.enable_validation:
+            super().on_train_epoch_end(trainer, pl_module)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning forgets the scores in a new folder, and every resumed run has one. It removes no file of another.
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})

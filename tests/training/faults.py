@@ -1,15 +1,18 @@
-"""What can happen to one process of several."""
+"""What can happen to one process of several, and what each of them draws."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from rtrl_moe_pl.cells import GRU
 from rtrl_moe_pl.training.checkpoints import DurableCheckpointIO
 
 
@@ -48,3 +51,20 @@ class Fault(Callback):
     def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         if self.what == "terminate":
             self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+
+class Draws(Callback):
+    """Writes down, per rank, what a batch would draw from torch's generator."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        state = torch.get_rng_state()
+        with Path(f"draws_{trainer.global_rank}.txt").open("a") as file:
+            file.write(f"{torch.rand(()).item()}\n")
+        torch.set_rng_state(state)
+
+
+class DropoutGRU(GRU):
+    """Draws from torch's generator at every step."""
+
+    def forward(self, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(super().forward(x, s), 0.3, self.training)

@@ -257,3 +257,20 @@ def test_gradients_summed_so_far_need_as_many_processes(here: Path, capsys: pyte
     torch.save({PER_RANK: checkpoint[PER_RANK]}, shard_of(path, 1))
     assert fit(*every, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 1
     assert "the checkpoint was written by 2 processes, but 1 are running" in capsys.readouterr().err
+
+
+def test_processes_draw_their_own_numbers_and_go_on_with_them(here: Path) -> None:
+    """A cell with dropout: lanes of two ranks have masks of their own, and a resumed run those of the unbroken one."""
+    options = (*TWO, "--model.cell", "tests.training.faults.DropoutGRU", "--model.cell.hidden_size", "5")
+    options += ("--trainer.callbacks+", "tests.training.faults.Draws")
+    path = ("--trainer.default_root_dir",)
+    unbroken, broken = (*options, *path, "unbroken"), (*options, *path, "broken")
+    assert start(*unbroken).returncode == 0
+    drawn = [Path(f"draws_{rank}.txt").read_text().split() for rank in (0, 1)]
+    assert len(set(drawn[0] + drawn[1])) == 2 * 3
+    assert start(*broken, "--trainer.max_steps", "2").returncode == 0
+    assert start(*broken, "--ckpt_path", "last").returncode == 0
+    steps, expected = weights("unbroken")
+    again, found = weights("broken")
+    assert steps == again == 3
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
