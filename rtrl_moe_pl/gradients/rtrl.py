@@ -177,10 +177,13 @@ class RTRL(GradientAlgorithm):
 
         given, returned = [], []
         if not linearizer.needs_graph():
-            effects = _side_effects(cell, inputs.device)
+            effects, buffers = _side_effects(cell, inputs.device), [b.clone() for b in _writable_buffers(cell)]
             given, returned = window.unroll()
             if any(not torch.equal(a, b) for a, b in zip(effects, _side_effects(cell, inputs.device), strict=True)):
-                set_generators(effects[1:], inputs.device)  # the window is run again: it draws what it drew
+                # The window is run again: it draws what it drew, from the buffers that it began with.
+                set_generators(effects[1:], inputs.device)
+                for buffer, begun in zip(_writable_buffers(cell), buffers, strict=True):
+                    buffer.copy_(begun)
                 linearizer.fall_back("it draws random numbers or changes its buffers")
         if not linearizer.needs_graph():
             outputs, loss, grads, cotangents = _read(
@@ -222,8 +225,12 @@ class RTRL(GradientAlgorithm):
 
 def _side_effects(cell: nn.Module, device: torch.device) -> list[Tensor]:
     """What changes if a cell is random or keeps something beside its state: it cannot be run twice."""
-    versions = torch.tensor([b._version for b in cell.buffers() if not b.is_inference()])
+    versions = torch.tensor([b._version for b in _writable_buffers(cell)])
     return [versions, *generator_states(device)]
+
+
+def _writable_buffers(cell: nn.Module) -> list[Tensor]:
+    return [b for b in cell.buffers() if not b.is_inference()]
 
 
 def _read(

@@ -119,14 +119,13 @@ def test_cells_that_change_their_buffers(make: type[UserCell]) -> None:
     problem = make_problem(make().double(), batch=2, steps=STEPS)
     before = copy.deepcopy(problem.cell.state_dict())
     truth = problem.solve(BPTT()).grads
+    after = copy.deepcopy(problem.cell.state_dict())
     problem.cell.load_state_dict(before)
     algorithm = RTRL(window=3)
-    memory = algorithm.init(problem.cell, 2)
     with announced():
-        run(problem, algorithm, memory, 3)
-    problem.cell.load_state_dict(before)
-    memory.reset()
-    assert worst_error(run(problem, algorithm, memory), truth) <= 1e-9
+        found = run(problem, algorithm, algorithm.init(problem.cell, 2))
+    assert worst_error(found, truth) <= 1e-9
+    assert all(torch.equal(value, after[name]) for name, value in problem.cell.state_dict().items())
 
 
 # -- lanes ---------------------------------------------------------------------------------------------------------
