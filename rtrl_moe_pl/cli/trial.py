@@ -82,8 +82,8 @@ def forecast_memory(
     lanes = len(sample.inputs)
     found = algorithm.forecast(model.cell, lanes, model.dtype, steps)  # type: ignore[arg-type]
     if isinstance(algorithm, RTRL) and streams:
-        steps = max(steps, algorithm.chunk_for(model.cell, batch_size=lanes))
-        found = algorithm.forecast(model.cell, lanes, model.dtype, steps)  # type: ignore[arg-type]
+        longer = max(steps, algorithm.chunk_for(model.cell, batch_size=lanes))
+        found = algorithm.forecast(model.cell, lanes, model.dtype, longer, steps)  # type: ignore[arg-type]
     if algorithm.carries_influence:
         return found
     steps, kept = min(algorithm.window or steps, steps), []

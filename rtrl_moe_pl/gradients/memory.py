@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl_moe_pl.cells.routed import RoutedCell, Routing
+from rtrl_moe_pl.cells.stack import Stack
 from rtrl_moe_pl.linearization import Linearizer, Tail, multiply_out
 from rtrl_moe_pl.sensitivities import Sensitivity
 
@@ -141,7 +142,8 @@ class Forecast:
 
     Args:
         influence_bytes: P, kept from window to window (exact when every parameter is reached).
-        workspace_bytes: what a chunk's linearization keeps: an estimate for one layer; stacks take a few times more.
+        workspace_bytes: what a chunk's linearization takes: an estimate; cells that are layers within, but no
+            ``Stack``, take a few times more.
         operations_per_token: of one lane's step, a multiply-add counted as 2; for RTRL of a gated cell, at a window as
             long as the chunk.
     """
@@ -161,20 +163,30 @@ def recurrent_parameters(cell: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def forecast_influence(
-    cell: nn.Module, batch_size: int, itemsize: int, steps: int, kept_itemsize: int | None = None
+    cell: nn.Module,
+    batch_size: int,
+    itemsize: int,
+    steps: int,
+    kept_itemsize: int | None = None,
+    copied: int = 0,
 ) -> Forecast:
     """Forecast for a dense influence matrix advanced over windows of ``steps`` steps.
 
     Args:
         itemsize: bytes of a number that is computed with.
         kept_itemsize: of one of P, if that is another.
+        copied: steps that are added to others at a time.
     """
     parameters = [p for p in cell.parameters() if p.requires_grad]
     size = int(getattr(cell, "state_size", 0))
     count = sum(p.numel() for p in parameters)
     influence = batch_size * size * count * (kept_itemsize or itemsize)
     rows = max((p.shape[0] for p in parameters if p.ndim == 2), default=size)
-    numbers = steps * (2 * batch_size * size + rows) * size  # cotangents of the states, ds'/ds, and a tile's cotangents
+    # cotangents of the states, ds'/ds and a tile's cotangents; and about 16 vectors a step: derivatives of gates, ..
+    numbers = steps * (2 * batch_size * size + rows + 16 * batch_size) * size
+    if isinstance(cell, Stack):  # layers below the last reach the state through it: by full matrices
+        below = sum(p.shape[0] for layer in cell.cells[:-1] for p in layer.parameters() if p.ndim == 2)
+        numbers += (2 * steps + 3 * copied) * batch_size * size * below
     workspace = numbers * itemsize
     operations = 2 * size * count * (1 + size / steps) + 2 * size**3  # M, J P, and the sweep back
     return Forecast(influence, workspace, operations)

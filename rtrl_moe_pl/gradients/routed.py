@@ -21,9 +21,11 @@ from rtrl_moe_pl.gradients.memory import (
 )
 from rtrl_moe_pl.gradients.rtrl import RTRL
 from rtrl_moe_pl.linearization import Linearizer, RoutedLinearizer
+from rtrl_moe_pl.linearization.step import TILE_BYTES
 from rtrl_moe_pl.sensitivities import BlockSparseSensitivity, LazyExpertSensitivity, Sensitivity
 
-CHUNK_BYTES = 256 * 1024 * 1024  # of the derivatives that a chunk keeps
+CHUNK_BYTES = 192 * 1024 * 1024  # of the derivatives that a chunk keeps
+FRAGMENTS = 1.15  # a processor's memory allocator takes 1.0 to 1.3 times what lives, of many parts of 1 to 30 MB
 # Multiply-adds of J P in the time of a step back for the loss, most of it overhead. With c steps a chunk and k a
 # window, a window costs (k / c) J P and c / 2 steps back: least at c^2 = 2 k J P / (a step back).
 STEP_BACK = 1_000_000
@@ -37,7 +39,7 @@ class BlockRTRL(RTRL):
 
     Args:
         window, chunk, influence_dtype: see ``RTRL``; a chunk by default is as long as is about the cheapest, and as its
-            derivatives fit into 256 MiB, but at least 8 steps.
+            derivatives fit into 192 MiB, but at least 8 steps.
 
     Cost: with R, W slots of d numbers read and written, S = slots d in all and c = chunk, a step and lane, about
         S W d (R + W) d for the way back, S' |theta| for M and S' S |theta| / c for J P, S' <= S the rows written in a
@@ -78,13 +80,28 @@ class BlockRTRL(RTRL):
         assert self.window is not None
         return self.window * max(1, self.chunk_for(cell, batch_size=memory.batch_size) // self.window)
 
-    def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
+    def forecast(
+        self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int, delivered: int | None = None
+    ) -> Forecast:
         self._require_cell(cell)
         assert isinstance(cell, RoutedCell)
         chunk = min(self.chunk_for(cell, batch_size=batch_size), steps)
+        assert self.window is not None
+        new = min(chunk, delivered or chunk, self.window * max(1, chunk // self.window))
+        copied = new if 2 * new <= chunk else 0  # steps are copied where they are added to others
+        lanes = batch_size * dtype.itemsize
         dense = forecast_influence(cell, batch_size, dtype.itemsize, chunk, (self.storage or dtype).itemsize)
-        workspace = chunk * batch_size * dtype.itemsize * (_kept_numbers(cell) + _written(cell) * cell.state_size)
-        return Forecast(dense.influence_bytes, workspace, dense.operations_per_token)
+        derivatives = lanes * _kept_numbers(cell)  # of a step
+        cotangents = lanes * cell.state_size * (_written(cell) + _widest(cell))
+        tiles = TILE_BYTES if new * derivatives > TILE_BYTES // 2 else 0  # two: of one all written rows, about half
+        advance = 2 * lanes * cell.state_size * max(p.numel() for p in self._advanced(cell))  # J P and M of a block
+        most = max(advance, copied * derivatives + tiles)
+        workspace = (chunk + copied) * derivatives + chunk * cotangents + most
+        return Forecast(dense.influence_bytes, int(FRAGMENTS * workspace), dense.operations_per_token)
+
+    def _advanced(self, cell: RoutedCell) -> list[nn.Parameter]:
+        """The parameters whose influence is advanced as a whole."""
+        return list(cell.parameters())
 
     def _linearizer(self, cell: nn.Module, parameters: dict[str, nn.Parameter]) -> Linearizer:
         assert isinstance(cell, RoutedCell)
@@ -156,8 +173,13 @@ class LazyExpertRTRL(BlockRTRL):
             )
         super().require_room(cell, batch, dtype, device)
 
-    def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
-        found = super().forecast(cell, batch_size, dtype, steps)
+    def _advanced(self, cell: RoutedCell) -> list[nn.Parameter]:
+        return [parameter for name, parameter in cell.named_parameters() if name not in cell.banks]
+
+    def forecast(
+        self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int, delivered: int | None = None
+    ) -> Forecast:
+        found = super().forecast(cell, batch_size, dtype, steps, delivered)
         kept = self._ring_bytes(batch_size, int(cell.state_size), dtype)  # type: ignore[arg-type]
         return replace(found, influence_bytes=found.influence_bytes + kept)
 
@@ -177,8 +199,20 @@ def _kept_numbers(cell: RoutedCell) -> int:
     Every layer is taken to act on as many slots as are read or written, whichever is more, or on an expert's input.
     """
     shapes = {name: p.shape for name, p in cell.named_parameters()}
-    of_experts = sum(shapes[name][1] for name in cell.banks)
-    own = sum(shape[0] if shape else 1 for name, shape in shapes.items() if name not in cell.banks)
+    banks = [shapes[name] for name in cell.banks]
+    of_experts = sum(shape[1] for shape in banks if len(shape) > 2) or sum(shape[1] for shape in banks)
     slots = (cell.read_slots + cell.write_slots) * cell.slot_size
-    outputs = max(cell.read_slots, cell.write_slots) * own + cell.active_experts * of_experts
+    outputs = max(cell.read_slots, cell.write_slots) * sum(_widths(cell)) + cell.active_experts * of_experts
     return _written(cell) * (slots + outputs)
+
+
+def _widest(cell: RoutedCell) -> int:
+    """Outputs of the largest layer, which acts on the slots, and the input, say."""
+    return (max(cell.read_slots, cell.write_slots) + 1) * max(_widths(cell))
+
+
+def _widths(cell: RoutedCell) -> list[int]:
+    """Outputs of every layer for one slot; a weight's bias has the same."""
+    own = [p.shape[-1] for name, p in cell.named_parameters() if "." not in name and name not in cell.banks and p.ndim]
+    layers = [list(layer.parameters(recurse=False)) for layer in cell.modules() if layer is not cell]
+    return own + [max(p.shape[0] if p.ndim else 1 for p in held) for held in layers if held]

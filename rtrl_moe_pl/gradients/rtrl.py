@@ -144,9 +144,14 @@ class RTRL(GradientAlgorithm):
                 f"but {readable(free)} are free: {fix}, or use TBPTT"
             )
 
-    def forecast(self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int) -> Forecast:
-        steps = min(self.chunk_for(cell, batch_size=batch_size), steps)
-        return forecast_influence(cell, batch_size, dtype.itemsize, steps, (self.storage or dtype).itemsize)
+    def forecast(
+        self, cell: nn.Module, batch_size: int, dtype: torch.dtype, steps: int, delivered: int | None = None
+    ) -> Forecast:
+        """Of ``steps`` steps, of which ``delivered`` come together (None: all): those added to others are copied."""
+        assert self.window is not None
+        steps, kept = min(self.chunk_for(cell, batch_size=batch_size), steps), (self.storage or dtype).itemsize
+        new = min(steps, delivered or steps, self.window)
+        return forecast_influence(cell, batch_size, dtype.itemsize, steps, kept, new if 2 * new <= steps else 0)
 
     @torch.no_grad()
     def step(
@@ -208,6 +213,7 @@ class RTRL(GradientAlgorithm):
                     _extend_tail(memory, found, part, capacity, grads)
                 else:
                     _contract_and_advance(memory, found, grads)
+                del found  # as large as what the next part needs
                 begin += length
             else:
                 return _finish(memory, loss, outputs, grads, returned[-1], window)

@@ -109,14 +109,15 @@ class ExpertTerm:
             yield group, sums.unflatten(1, (size, rows)).flatten(2)
 
     def immediate(self) -> Tensor:
-        found: Tensor | None = None
-        _, batch, rows = self.cotangents.shape
+        found: Tensor | None = None  # in the order of what is returned: a copy would be as large as P
+        count, (_, batch, rows) = self.uses.count, self.cotangents.shape
         for group, sums in self.pair_sums():
             if found is None:
-                found = sums.new_zeros(batch, self.uses.count, *sums.shape[1:])
-            found.flatten(0, 1)[self.uses.pairs[group]] = sums
+                found = sums.new_zeros(batch, sums.shape[1], rows, count, sums.shape[2] // rows)
+            pairs = self.uses.pairs[group]
+            found[pairs // count, :, :, pairs % count] = sums.unflatten(2, (rows, -1))
         assert found is not None
-        return found.unflatten(3, (rows, -1)).permute(0, 2, 3, 1, 4).flatten(3)
+        return found.flatten(3)
 
     def add_gradient(self, gradient: Tensor) -> None:
         by_expert = gradient.view(self.uses.count, -1, gradient.shape[-1])

@@ -10,21 +10,25 @@ from typing import Any
 
 import torch
 
-from rtrl_moe_pl.cells import GRU, RecurrentMoE
+from rtrl_moe_pl.cells import GRU, RecurrentMoE, Stack
 from rtrl_moe_pl.cli.trial import forecast_memory, measure_reasoning
 from rtrl_moe_pl.data import Batch
-from rtrl_moe_pl.gradients import BPTT, RTRL, BlockRTRL, GradientAlgorithm
+from rtrl_moe_pl.gradients import BPTT, RTRL, BlockRTRL, GradientAlgorithm, LazyExpertRTRL
 from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
 from rtrl_moe_pl.modules.reasoning_audit import TrialRun
 from rtrl_moe_pl.reasoning import TRM
 from tests.modules.reasoning_helpers import data
 
 INPUTS, CLASSES = 6, 3
-SEQUENCES: dict[str, tuple[GradientAlgorithm, Callable[[], Any], int, int]] = {  # algorithm, cell, lanes, steps
-    "BPTT": (BPTT(), lambda: GRU(INPUTS, 64), 32, 1000),
-    "BPTT of small operations": (BPTT(), lambda: RecurrentMoE(INPUTS, 16, 4, 8), 1, 800),
-    "RTRL": (RTRL(window=32), lambda: GRU(INPUTS, 96), 16, 320),
-    "BlockRTRL": (BlockRTRL(window=32), lambda: RecurrentMoE(INPUTS, 24, 4, 8), 16, 128),
+# algorithm, cell, lanes, steps of a batch, batches
+SEQUENCES: dict[str, tuple[GradientAlgorithm, Callable[[], Any], int, int, int]] = {
+    "BPTT": (BPTT(), lambda: GRU(INPUTS, 64), 32, 1000, 1),
+    "BPTT of small operations": (BPTT(), lambda: RecurrentMoE(INPUTS, 16, 4, 8), 1, 800, 1),
+    "RTRL": (RTRL(window=32), lambda: GRU(INPUTS, 96), 16, 320, 1),
+    "RTRL of a stack": (RTRL(window=64), lambda: Stack([GRU(INPUTS, 32), GRU(32, 32)]), 16, 64, 6),
+    "BlockRTRL": (BlockRTRL(window=32), lambda: RecurrentMoE(INPUTS, 24, 4, 8), 16, 128, 1),
+    "BlockRTRL of many experts": (BlockRTRL(window=8), lambda: RecurrentMoE(INPUTS, 32, 4, 32), 4, 32, 8),
+    "LazyExpertRTRL": (LazyExpertRTRL(window=8), lambda: RecurrentMoE(INPUTS, 32, 4, 8), 4, 16, 14),
 }
 
 
@@ -39,17 +43,18 @@ def batch(lanes: int, steps: int) -> Batch:
 
 
 def of_sequences(case: str) -> tuple[int, int]:
-    algorithm, cell, lanes, steps = SEQUENCES[case]
+    algorithm, cell, lanes, steps, batches = SEQUENCES[case]
     model = SequenceModule(cell(), CLASSES, algorithm)
 
-    def gradient(given: Batch) -> None:
-        memory = algorithm.init(model.cell, len(given.inputs))
-        inputs, targets = given.inputs, given.targets
-        algorithm.run(model.cell, model.readout, inputs, targets, model.loss, memory, given.starts)
+    def gradients(parts: list[Batch]) -> None:
+        memory = algorithm.init(model.cell, len(parts[0].inputs))
+        for given in parts:
+            inputs, targets = given.inputs, given.targets
+            algorithm.run(model.cell, model.readout, inputs, targets, model.loss, memory, given.starts)
 
-    gradient(batch(1, 4))  # what is loaded once
-    given, before = batch(lanes, steps), peak()
-    gradient(given)
+    gradients([batch(1, 4)])  # what is loaded once
+    parts, before = [batch(lanes, steps) for _ in range(batches)], peak()
+    gradients(parts)
     measured = peak() - before
     return forecast_memory(model, algorithm, iter([batch(lanes, 16)]), steps, True).total_bytes, measured
 

@@ -19,7 +19,7 @@ from tests.test_cli import here, python, run  # noqa: F401
 from tests.test_reasoning_cli import run as run_puzzles
 
 MOE = '{"class_path": "RecurrentMoE", "init_args": {"slot_size": 3, "num_slots": 3, "num_experts": 4}}'
-FACTOR = {"BlockRTRL": 2.0}  # whose workspace is a sum of many small parts; 1.5 for the others
+CLOSE = 1.3  # RTRL of all kinds; 1.5 for the others, whose records of operations differ in size
 
 
 def lines(text: str) -> dict[str, list[str]]:
@@ -211,4 +211,5 @@ def test_forecast_bytes_are_those_that_are_taken(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for case, (expected, measured) in json.loads(done.stdout.splitlines()[-1]).items():
         assert measured > 50e6, case
-        assert abs(math.log(expected / measured)) < math.log(FACTOR.get(case, 1.5)), (case, expected, measured)
+        factor = CLOSE if "RTRL" in case else 1.5
+        assert abs(math.log(expected / measured)) < math.log(factor), (case, expected, measured)
