@@ -61,7 +61,8 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
         f"memory: {readable(forecast.influence_bytes)} for the influence, "
         f"about {readable(forecast.workspace_bytes)} for a window"
     )
-    print_time(columns * seconds_per_step(model, model.gradient, delivered), lanes * columns, "token", model, trainer)
+    seconds, _ = seconds_per_step(model, model.gradient, delivered)
+    print_time(columns * seconds, lanes * columns, "token", model, trainer)
     verdict = "exact" if report.exact and report.passed else "OFF, though it claims to be exact"
     rounded = getattr(model.gradient, "influence_dtype", None)
     why = f" (it rounds the influence to {rounded})" if rounded else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -87,7 +87,8 @@ def forecast(
         data, together = (longest, length) if whole else (timed, columns)
         rows.append(examine(model, algorithm, source, data, together, streams and not whole, allowed))
         if whole and streams and rows[-1].seconds is not None:
-            rows[-1] = Row(algorithm, rows[-1].memory, rows[-1].seconds, "needs data.layout: sequences")
+            notes = "needs data.layout: sequences", rows[-1].note
+            rows[-1] = replace(rows[-1], note="; ".join(filter(None, notes)))
     print_rows(rows, {repr(model.gradient)})
     print(f"recommended: {recommend(rows, model.gradient, length, allowed)}")
 
@@ -134,12 +135,13 @@ def examine(
         needed = forecast_memory(model, algorithm, source, together, streams)
         if needed.total_bytes > allowed:
             return Row(algorithm, needed, note=f"not run: does not fit in {readable(allowed)}")
-        seconds = seconds_per_step(model, algorithm, data) / len(data[0].inputs)
+        seconds, estimated_from = seconds_per_step(model, algorithm, data)
     except MemoryForecastError as error:
         return Row(algorithm, needed, note=f"not run: {error}")
     except ValueError as error:
         return Row(algorithm, note=f"not run: {error}")
-    return Row(algorithm, needed, seconds)
+    note = f"time estimated from {estimated_from} steps" if estimated_from else ""
+    return Row(algorithm, needed, seconds / len(data[0].inputs), note)
 
 
 def print_rows(rows: list[Row], configured: set[str]) -> None:

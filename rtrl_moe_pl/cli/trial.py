@@ -100,29 +100,41 @@ def forecast_memory(
     return Forecast(0, int(kept[0] + (steps - SAMPLE) * more), found.operations_per_token)
 
 
-def seconds_per_step(model: SequenceModule, algorithm: GradientAlgorithm, data: Sequence[Batch]) -> float:
+def seconds_per_step(model: SequenceModule, algorithm: GradientAlgorithm, data: Sequence[Batch]) -> tuple[float, int]:
     """Seconds a time step of all lanes: the median of a few periods, each as long as P takes to be advanced once.
+
+    Where a period would take longer than `LONGEST`, less is run, and an advance of P timed after it.
 
     Args:
         data: batches of equal size, taken in turn.
-    """
-    steps = data[0].inputs.shape[1]
-    memory = algorithm.init(model.cell, len(data[0].inputs))
-    source = cycle(data)
 
-    def run(count: int) -> float:
+    Returns:
+        seconds; and 0, or the number of steps that they were estimated from.
+    """
+    steps, memory = data[0].inputs.shape[1], algorithm.init(model.cell, len(data[0].inputs))
+
+    def run(batches: Sequence[Batch]) -> float:
         began = time.perf_counter()
-        for batch in islice(source, count):
+        for batch in batches:
             inputs, targets, starts = batch.inputs, batch.targets, batch.starts
             result = algorithm.run(model.cell, model.readout, inputs, targets, model.loss, memory, starts)
             float(result.loss)  # waits for the device
-        return (time.perf_counter() - began) / (count * steps)
+        return (time.perf_counter() - began) / sum(batch.inputs.shape[1] for batch in batches)
 
-    run(1)  # chooses how the cell is differentiated
-    period = 1 if memory.tail is None else max(1, round(memory.tail.capacity / steps))
-    if period > 1:
-        run(period - 1)
-    return repeated(lambda: run(period))
+    few = [first_steps(iter(data[:1]), min(SAMPLE, steps))]
+    run(few)  # chooses how the cell is differentiated
+    shown = min(steps, max(SAMPLE, int(LONGEST / run(few))))
+    source = cycle([first_steps(iter([batch]), shown) for batch in data])
+    found = run([next(source)])
+    capacity = shown if memory.tail is None else memory.tail.capacity
+    period, affordable = max(1, round(capacity / shown)), max(1, int(LONGEST / (shown * found)))
+    if period <= affordable:
+        if period > 1:
+            run(list(islice(source, period - 1)))
+        return repeated(lambda: run(list(islice(source, period)))), shown if shown < steps else 0
+    found, began = run(list(islice(source, affordable))), time.perf_counter()
+    float(memory.sensitivity.norm())  # advances P
+    return found + (time.perf_counter() - began) / capacity, affordable * shown
 
 
 def repeated(run: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 from torch import nn
 
 from rtrl_moe_pl.cli import forecast as command
+from rtrl_moe_pl.cli import trial
 from rtrl_moe_pl.cli.forecast import Row, recommend
+from rtrl_moe_pl.data import Batch
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, Forecast, GradientAlgorithm, graph_bytes
 from rtrl_moe_pl.gradients.graph_memory import RECORD_BYTES
+from rtrl_moe_pl.modules import SequenceModule
 from tests.test_cli import here, python, run  # noqa: F401
 from tests.test_reasoning_cli import run as run_puzzles
 
@@ -83,9 +87,9 @@ def test_what_does_not_fit_is_not_run(
 ) -> None:
     timed: list[str] = []
 
-    def spy(model: Any, algorithm: GradientAlgorithm, data: Any) -> float:
+    def spy(model: Any, algorithm: GradientAlgorithm, data: Any) -> tuple[float, int]:
         timed.append(repr(algorithm))
-        return 1.0
+        return 1.0, 0
 
     monkeypatch.setattr(command, "seconds_per_step", spy)
     assert run("forecast", "--memory", "0.0002", "--data.n_max", "40", "--model.gradient.window", "1") == 0
@@ -95,6 +99,49 @@ def test_what_does_not_fit_is_not_run(
     assert run("forecast", "--memory", "1e-8") == 0
     shown = capsys.readouterr().out
     assert "recommended: none fits in 10 B: make data.batch_size or the cell smaller" in shown
+
+
+class Slow(nn.Module):
+    """Of a given time a step."""
+
+    state_size = 3
+
+    def __init__(self, input_size: int = 3) -> None:
+        super().__init__()
+        self.input_size, self.mix, self.steps = input_size, nn.Linear(input_size + 3, 3), 0
+
+    def initial_state(self, batch_size: int) -> torch.Tensor:
+        return torch.zeros(batch_size, 3)
+
+    def forward(self, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.002)
+        self.steps += 1
+        return torch.tanh(self.mix(torch.cat([x, s], -1)))
+
+
+@pytest.mark.parametrize(("steps", "chunk"), [(16, 4000), (4000, 16)])
+def test_what_takes_long_is_estimated_from_fewer_steps(steps: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a period of many batches, and of one long batch: 8 s each."""
+    monkeypatch.setattr(trial, "LONGEST", 0.2)
+    algorithm = RTRL(window=8, chunk=chunk)
+    model = SequenceModule(Slow(), 3, algorithm)
+    starts = torch.zeros(2, steps, dtype=torch.bool)
+    labels = torch.zeros(2, steps, dtype=torch.long)
+    data = [Batch(torch.randn(2, steps, 3), (labels, torch.ones(2, steps)), starts)]
+    seconds, estimated_from = trial.seconds_per_step(model, algorithm, data)
+    assert 8 <= estimated_from < 400
+    assert model.cell.steps < 1500
+    assert 0.002 < seconds < 0.02
+    monkeypatch.setattr(trial, "LONGEST", 30.0)
+    assert trial.seconds_per_step(model, RTRL(window=8, chunk=16), [trial.first_steps(iter(data), 16)])[1] == 0
+
+
+def test_an_estimate_is_said(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(command, "seconds_per_step", lambda *_: (1.0, 8))
+    assert run("forecast") == 0
+    table = lines(capsys.readouterr().out)
+    assert table["RTRL(window=1)"][-1] == "time estimated from 8 steps"
+    assert table["BPTT()"][-1] == "needs data.layout: sequences; time estimated from 8 steps"
 
 
 def test_a_cell_that_an_algorithm_refuses_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
