@@ -42,16 +42,17 @@ JOBS: dict[str, tuple[str, list[str]]] = {
     "arc": ("etrm_arc", []),
     "arc, augmented": ("etrm_arc", AUGMENTED),
 }
-COLOURS = {
-    "colors re_encode": "tab:blue",
-    "colors fixed_time": "tab:green",
-    "colors cached": "tab:red",
-    "colors puzzle embedding": "tab:orange",
-    "flips": "tab:purple",
-    "sudoku": "tab:blue",
-    "9 x 9 sudoku": "tab:cyan",
-    "maze": "tab:green",
-    "arc": "tab:red",
+# A colour and a width for each: the widest lie beneath, so that lines on top of one another are seen.
+LOOKS = {
+    "colors re_encode": ("tab:blue", 6.0),
+    "colors fixed_time": ("tab:green", 3.0),
+    "colors cached": ("tab:red", 1.5),
+    "colors puzzle embedding": ("tab:orange", 6.0),
+    "flips": ("tab:purple", 4.5),
+    "sudoku": ("tab:blue", 2.0),
+    "9 x 9 sudoku": ("tab:cyan", 3.0),
+    "maze": ("tab:green", 2.0),
+    "arc": ("tab:red", 1.5),
 }
 TAGS = {  # of the log: a short name
     "val/held_out/exact_accuracy": "held_out",
@@ -121,18 +122,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 def curves(axes: Axes, rows: list[dict[str, Any]], figure: str, style: str = "-", label: str | None = None) -> None:
     """Of each run a thin line per seed, and a thick one, which has the label: the mean of the seeds 0 to 2."""
     for kind in dict.fromkeys(row["run"] for row in rows):
+        colour, width = LOOKS[kind]
+        width = 2.0 if kind == "colors re_encode" and style == ":" else width
         found = {row["seed"]: list(zip(*row["curves"][figure], strict=True)) for row in rows if row["run"] == kind}
         for steps, values, _ in found.values():
-            axes.plot(steps, values, style, color=COLOURS[kind], linewidth=0.6, alpha=0.5)
+            axes.plot(steps, values, style, color=colour, linewidth=0.6, alpha=0.5)
         means = [sum(values) / len(values) for values in zip(*(found[s][1] for s in found if s < 3), strict=True)]
         name = kind.removeprefix("colors ") if label is None else label
-        axes.plot(found[0][0], means, style, color=COLOURS[kind], label=name, linewidth=2)
+        axes.plot(found[0][0], means, style, color=colour, label=name, linewidth=width, zorder=2 - width / 10)
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """benchmarks/results/etrm_ablation.png."""
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
-    (held_out, coverage, others), of = panels, {name: [r for r in rows if r["run"] == name] for name in COLOURS}
+    (held_out, coverage, others), of = panels, {name: [r for r in rows if r["run"] == name] for name in LOOKS}
     colors = [row for row in rows if row["run"].startswith("colors")]
     curves(held_out, colors, "held_out")
     curves(held_out, of["colors re_encode"], "shuffled_demos", ":", "re_encode, demonstrations of another rule")

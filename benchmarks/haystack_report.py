@@ -16,7 +16,15 @@ from benchmarks.common import RESULTS
 from benchmarks.haystack_learning import TESTED
 
 CHANCE = 0.25
-EXACT, WHOLE, TRUNCATED, HELD = "tab:blue", "tab:green", "tab:red", "tab:orange"
+EXACT, WHOLE = "tab:blue", "tab:green"
+# Colours and widths of what stays at chance, where lines lie on top of one another: the widest are drawn first.
+AT_CHANCE = {
+    "TBPTT(16)": ("#fdc9b4", 10.0),
+    "TBPTT(4)": ("#fdc9b4", 10.0),
+    "TBPTT(32)": ("#fb6a4a", 6.5),
+    "TBPTT(64)": ("#a50f15", 3.8),
+    "influence held at zero": ("#ffd92f", 1.8),
+}
 
 Rows = Sequence[dict[str, Any]]
 
@@ -49,10 +57,16 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def colour(run: str) -> str:
-    if "held at zero" in run:
-        return HELD
-    return TRUNCATED if "TBPTT" in run else WHOLE if "BPTT" in run else EXACT
+def look(run: str) -> dict[str, Any]:
+    """Colour, width and place of a run's line."""
+    for name, (colour, width) in AT_CHANCE.items():
+        if name in run:
+            return {"color": colour, "linewidth": width, "zorder": 2 - width / 10}
+    return {"color": WHOLE if "BPTT" in run else EXACT, "linewidth": 1.5, "zorder": 2}
+
+
+def chance(axes: Axes) -> None:
+    axes.axhline(CHANCE, color="black", linestyle="--", linewidth=0.8, zorder=3, label="chance")
 
 
 def draw(rows: Rows, bias: Rows) -> None:
@@ -76,21 +90,20 @@ def _lengths(axes: Axes, rows: Rows, title: str) -> None:
         label = row["run"].split(" ", 1)[1] if first and "to 512" not in row["run"] else None
         style = ":" if "every window" in row["run"] else "-"
         minutes = [point["seconds"] / 60 for point in row["curve"]]
-        axes.plot(minutes, done, style, color=colour(row["run"]), label=label)
-    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
+        axes.plot(minutes, done, style, label=label, **look(row["run"]))
+    chance(axes)
     axes.set_yticks([i + 1 for i in range(len(stages))], [f"{n:,}" for n in stages])
     axes.set(xlabel="minutes", ylabel="length learned (steps)", ylim=(0, None), title=title)
     axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.12))
 
 
 def _accuracy(axes: Axes, rows: Rows) -> None:
-    styles = {"TBPTT(32)": "--", "TBPTT(64)": ":"}
     for row in rows:
         name = row["run"].split(" ", 1)[1]
         steps, values = zip(*((point["step"], point["accuracy"]) for point in row["curve"]), strict=True)
         label = name if row["seed"] == 0 else None
-        axes.plot(steps, values, color=colour(name), linestyle=styles.get(name, "-"), label=label)
-    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
+        axes.plot(steps, values, label=label, **look(name))
+    chance(axes)
     axes.set(xlabel="optimizer steps", ylabel="accuracy", ylim=(0, 1.03), title="192 steps, gaps from 129")
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.6, 0.9))
 
@@ -107,8 +120,8 @@ def _uniform(axes: Axes, rows: Rows) -> None:
         exact = [at(row) for row in rows if "TBPTT" not in row["run"]]
         (line,) = axes.plot(*zip(*_means(points), strict=True), marker=marker, label=f"TBPTT(k), at {length}")
         axes.plot(*zip(*points, strict=True), marker, color=line.get_color(), alpha=0.35)
-        axes.axhline(mean(exact), color=line.get_color(), linestyle=":", label=f"RTRL(16), at {length}")
-    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
+        axes.axhline(mean(exact), color=line.get_color(), linewidth=7, alpha=0.25, label=f"RTRL(16), at {length}")
+    chance(axes)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
     axes.set(xlabel="window k", ylabel="accuracy", ylim=(0, 1.03), title="Trained on 64 steps, gaps from 2 to 61")
@@ -139,7 +152,7 @@ def _long(axes: Axes, rows: Rows) -> None:
         points = sorted((int(length), found["accuracy"]) for length, found in row["test"].items())
         label = f"{name}, trained to {row['curve'][-1]['length']:,}" if row["seed"] == 0 else None
         axes.plot(*zip(*points, strict=True), style, color="tab:cyan" if "moe" in row["run"] else EXACT, label=label)
-    axes.axhline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
+    chance(axes)
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(TESTED), [f"{n:,}" for n in TESTED], rotation=25)
     axes.set(xlabel="length (steps)", ylabel="accuracy", ylim=(0, 1.03), title="Asked for after longer streams")
