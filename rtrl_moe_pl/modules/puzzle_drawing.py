@@ -169,7 +169,7 @@ def _boxes(corner: np.ndarray, width: np.ndarray, height: np.ndarray) -> np.ndar
 
 
 def _draw(axes: Axes, placed: list[_Placed], look: Look) -> None:
-    """Cells, symbols, boxes, outlines of wrong cells, and frames, each kind as one artist: that is fast."""
+    """Frames, cells, symbols, boxes and outlines of wrong cells, each kind as one artist: that is fast."""
 
     def cells(masks: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:  # corners [n, 2] and sizes [n] of those chosen
         place = [mask.nonzero().flip(1).numpy() for mask in masks]
@@ -177,6 +177,21 @@ def _draw(axes: Axes, placed: list[_Placed], look: Look) -> None:
         return np.concatenate(corner), np.repeat([p.cell for p in placed], [len(at) for at in place])
 
     shown = [p.panel.tokens != _BLANK for p in placed]
+    points = np.array([(4 if p.panel.given else 1.5) if "\n" in p.panel.text else 0.8 for p in placed])
+    under = 0.8  # points: frames lie beneath the cells and reach below them, as each kind snaps to pixels by itself
+    outer = (points - under) / 144  # inches: frames hide nothing
+    corner = np.array([[p.x, p.y] for p in placed]) - outer[:, None]
+    span = np.array([[p.columns * p.cell, p.rows * p.cell] for p in placed]) + 2 * outer[:, None]
+    axes.add_collection(
+        PolyCollection(
+            _boxes(corner, span[:, 0], span[:, 1]),  # type: ignore[arg-type]
+            facecolors="none",
+            edgecolors=[p.panel.frame for p in placed],
+            linewidths=points + under,
+            gid="frames",
+        ),
+        autolim=False,
+    )
     token = torch.cat([p.panel.tokens[mask] for p, mask in zip(placed, shown, strict=True)]).numpy()
     corner, cell = cells(shown)
     colors = np.array([to_rgb(color) for color in look.colors])[token]
@@ -215,20 +230,6 @@ def _draw(axes: Axes, placed: list[_Placed], look: Look) -> None:
             ),
             autolim=False,
         )
-    points = np.array([(4 if p.panel.given else 1.5) if "\n" in p.panel.text else 0.8 for p in placed])
-    outer = points / 144  # inches: frames hide nothing
-    corner = np.array([[p.x, p.y] for p in placed]) - outer[:, None]
-    span = np.array([[p.columns * p.cell, p.rows * p.cell] for p in placed]) + 2 * outer[:, None]
-    axes.add_collection(
-        PolyCollection(
-            _boxes(corner, span[:, 0], span[:, 1]),  # type: ignore[arg-type]
-            facecolors="none",
-            edgecolors=[p.panel.frame for p in placed],
-            linewidths=points,
-            gid="frames",
-        ),
-        autolim=False,
-    )
 
 
 @lru_cache

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
@@ -118,6 +119,21 @@ def test_the_answer_that_is_given_stands_out() -> None:
         widths = list(drawn.artist("frames").get_linewidths())
         assert widths.index(max(widths)) == 8 + given
         assert sorted(widths)[-1] > 2 * sorted(widths)[-2]
+
+
+@pytest.mark.parametrize("dpi", [100, 130, 150, 170])
+def test_no_line_is_left_white_between_a_frame_and_its_cells(dpi: int) -> None:
+    asked = puzzles()
+    drawn = Drawn(asked, said(asked))
+    drawn.figure.set_dpi(dpi)
+    FigureCanvasAgg(drawn.figure).draw()
+    white = (np.asarray(drawn.figure.canvas.buffer_rgba())[..., :3] > 180).all(-1)  # type: ignore[attr-defined]
+    for left, top, right, bottom in (drawn.boxes("frames") * dpi).round().astype(int):
+        x, y = (left + right) // 2 + 3, (top + bottom) // 2 + 3  # beside the symbols
+        for line in (white[top : top + 9, x], white[bottom - 9 : bottom, x]):
+            assert not line.any()
+        for line in (white[y, left : left + 9], white[y, right - 9 : right]):
+            assert not line.any()
 
 
 def test_where_the_answer_is_not_known_frames_are_grey_and_there_is_no_target() -> None:
