@@ -26,6 +26,7 @@ from rtrl_moe_pl.gradients.memory import (
     recurrent_parameters,
 )
 from rtrl_moe_pl.gradients.run_window import RunWindow
+from rtrl_moe_pl.gradients.side_effects import SideEffects
 from rtrl_moe_pl.gradients.windows import (
     LossFunction,
     Targets,
@@ -44,7 +45,6 @@ from rtrl_moe_pl.linearization import (
     pull_back,
     refuse_batch_norm,
 )
-from rtrl_moe_pl.randomness.generators import generator_states, set_generators
 from rtrl_moe_pl.sensitivities import DenseSensitivity, Sensitivity
 
 
@@ -182,13 +182,9 @@ class RTRL(GradientAlgorithm):
 
         given, returned = [], []
         if not linearizer.needs_graph():
-            effects, buffers = _side_effects(cell, inputs.device), [b.clone() for b in _writable_buffers(cell)]
+            effects = SideEffects(cell, inputs.device)
             given, returned = window.unroll()
-            if any(not torch.equal(a, b) for a, b in zip(effects, _side_effects(cell, inputs.device), strict=True)):
-                # The window is run again: it draws what it drew, from the buffers that it began with.
-                set_generators(effects[1:], inputs.device)
-                for buffer, begun in zip(_writable_buffers(cell), buffers, strict=True):
-                    buffer.copy_(begun)
+            if effects.undo():
                 linearizer.fall_back("it draws random numbers or changes its buffers")
         if not linearizer.needs_graph():
             outputs, loss, grads, cotangents = _read(
@@ -227,16 +223,6 @@ class RTRL(GradientAlgorithm):
         memory.half_written = True
         _contract_and_advance(memory, linearization, grads)
         return _finish(memory, loss, outputs, grads, returned[-1], window)
-
-
-def _side_effects(cell: nn.Module, device: torch.device) -> list[Tensor]:
-    """What changes if a cell is random or keeps something beside its state: it cannot be run twice."""
-    versions = torch.tensor([b._version for b in _writable_buffers(cell)])
-    return [versions, *generator_states(device)]
-
-
-def _writable_buffers(cell: nn.Module) -> list[Tensor]:
-    return [b for b in cell.buffers() if not b.is_inference()]
 
 
 def _read(
