@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.common import seconds, write
+from benchmarks.common import ended_by_interrupt, seconds, without_interrupts, write
 from rtrl_moe_pl.cells import RecurrentMoE
 from rtrl_moe_pl.data import DelayedRecallDataModule
 from rtrl_moe_pl.gradients import TBPTT
@@ -125,9 +125,13 @@ def measure(processes: int, repetitions: int) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, ended_by_interrupt():
         path = str(Path(folder) / "row.pt")
-        torch.multiprocessing.spawn(work, (processes, port, repetitions, path), nprocs=processes)  # type: ignore[attr-defined]
+        with without_interrupts():
+            arguments = processes, port, repetitions, path
+            started = torch.multiprocessing.spawn(work, arguments, processes, join=False)  # type: ignore[attr-defined]
+        while not started.join():
+            pass
         return torch.load(path)
 
 

@@ -17,7 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from benchmarks.common import RESULTS, write
+from benchmarks.common import RESULTS, ended_by_interrupt, without_interrupts, write
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,8 +86,10 @@ def train_all(
     path = RESULTS / f"{result}.json"
     kept = json.loads(path.read_text())["results"] if path.exists() else []
     rows = {(row["run"], row["seed"]): row for row in kept}
-    with ThreadPoolExecutor(arguments.parallel) as pool:
-        for row in tqdm(pool.map(lambda job: fit(*job), jobs), total=len(jobs)):
+    with ThreadPoolExecutor(arguments.parallel) as pool, ended_by_interrupt(pool):
+        with without_interrupts():
+            fitted = pool.map(lambda job: fit(*job), jobs)
+        for row in tqdm(fitted, total=len(jobs)):
             rows[row["run"], row["seed"]] = row
             tqdm.write(f"{row['run']}, seed {row['seed']}: {shown(row)} in {row['seconds']:.0f} s")
             order = sorted(rows.values(), key=lambda row: (names.index(row["run"]), row["seed"]))

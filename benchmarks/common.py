@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,34 @@ def sgemm_peak(device: torch.device, size: int = 1024, repetitions: int = 9) -> 
     return 2 * size**3 / statistics.median(times)
 
 
+@contextmanager
+def ended_by_interrupt(*pools: Executor) -> Iterator[None]:
+    """Ctrl-C within it ends, at once and quietly, the program, jobs of pools, and (on Linux) all processes it started.
+
+    A pool alone would end its jobs first. Start jobs ``without_interrupts``.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would print a traceback
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for listed in Path("/proc/self/task").glob("*/children"):
+            for child in listed.read_text().split():
+                os.kill(int(child), signal.SIGTERM)  # which the tracker of a pool's semaphores survives, as it must
+        raise SystemExit(130) from None
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes and threads that are started within it never see Ctrl-C: each would print a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def results_file(name: str, device: torch.device) -> Path:
     """benchmarks/results/NAME.json, or NAME_cuda.json for a GPU."""
     return RESULTS / f"{name}{'' if device.type == 'cpu' else '_' + device.type}.json"
@@ -83,7 +114,9 @@ def write(name: str, device: torch.device, results: Any) -> Path:
     """Write results with the machine's facts to their file."""
     RESULTS.mkdir(exist_ok=True)
     path = results_file(name, device)
-    path.write_text(json.dumps({"machine": machine(device), "results": results}, indent=1) + "\n")
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps({"machine": machine(device), "results": results}, indent=1) + "\n")
+    whole.replace(path)  # an interrupt leaves the old results, or the new ones
     return path
 
 

@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.command import ROOT, Run, arguments, run
-from benchmarks.common import RESULTS, machine, write
+from benchmarks.common import RESULTS, ended_by_interrupt, machine, without_interrupts, write
 
 LOGS = ROOT / "lightning_logs" / "haystack_learning"
 NAME = "haystack_learning"
@@ -185,8 +185,9 @@ def main() -> None:
             keep(row)
         return row
 
-    with ThreadPoolExecutor(chosen.parallel) as pool:
-        waiting = [pool.submit(work, job) for job in jobs]
+    with ThreadPoolExecutor(chosen.parallel) as pool, ended_by_interrupt(pool):
+        with without_interrupts():
+            waiting = [pool.submit(work, job) for job in jobs]
         for ended in tqdm(as_completed(waiting), total=len(jobs)):
             row = ended.result()
             last, tested = row["curve"][-1], {n: f"{t['accuracy']:.1%}" for n, t in row["test"].items()}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from benchmarks.common import RESULTS, interleaved, ratio, write
+from benchmarks.common import RESULTS, ended_by_interrupt, interleaved, ratio, without_interrupts, write
 from benchmarks.memory import peak_mb
 from rtrl_moe_pl.cells import RecurrentMoE
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, BlockRTRL, GradientAlgorithm, LazyExpertRTRL, sequence_gradient
@@ -144,11 +144,13 @@ def times(repetitions: int) -> dict[str, Any]:
 def measure(seeds: list[int], updates: int) -> dict[str, Any]:
     """Everything; two processes train and take memory, one alone takes times."""
     longest_first = sorted(ALGORITHMS, key=lambda name: ALGORITHMS[name].window != 1)
-    with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
-        jobs: dict[Future[Any], str] = {
-            pool.submit(learn, name, seed, updates): "learning" for name, seed in product(longest_first, seeds)
-        }
-        jobs |= {pool.submit(peaks, name): "memory" for name in longest_first}
+    spawned = ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1)
+    with spawned as pool, ended_by_interrupt(pool):
+        with without_interrupts():
+            jobs: dict[Future[Any], str] = {
+                pool.submit(learn, name, seed, updates): "learning" for name, seed in product(longest_first, seeds)
+            }
+            jobs |= {pool.submit(peaks, name): "memory" for name in longest_first}
         found: dict[str, Any] = {"learning": [], "memory": []}
         for job in tqdm(as_completed(jobs), "training and memory", len(jobs)):
             done = job.result()
@@ -231,6 +233,7 @@ def draw(found: dict[str, Any]) -> None:
         figure.savefig(RESULTS / "side_by_side.png", dpi=110)
 
 
+@ended_by_interrupt()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,3 +49,46 @@ def test_side_by_side_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(side_by_side, "RESULTS", tmp_path)
     side_by_side.draw(found)
     assert (tmp_path / "side_by_side.png").stat().st_size > 10_000
+
+
+TRAINS = """
+import subprocess
+from benchmarks.command import train_all
+
+def fit(name, seed):
+    print("begun", flush=True)
+    subprocess.run(["sleep", "60"])
+    return {}
+
+train_all("", "unused", ["a"], fit, str)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [(["-m", "benchmarks.side_by_side"], "training and memory"), (["-c", TRAINS], "begun")],
+    ids=["processes", "threads"],
+)
+def test_an_interrupt_ends_a_pool_at_once_and_quietly(command: list[str], shown: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RESULTS.parent.parent)}
+    options: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment}
+    with subprocess.Popen([sys.executable, *command], start_new_session=True, **options) as run:
+        try:
+            assert run.stdout is not None
+            said = ""
+            while shown not in said:
+                read = os.read(run.stdout.fileno(), 4096).decode()
+                assert read, said
+                said += read
+            time.sleep(0.5)  # workers are at their imports
+            begun = time.monotonic()
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+            said += run.communicate(timeout=15)[0].decode()  # ends with the last process that could write
+            assert time.monotonic() - begun < 5
+        finally:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 130
+    assert "Traceback" not in said
