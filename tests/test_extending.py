@@ -78,10 +78,13 @@ def test_an_algorithm_that_wrongly_claims_to_be_exact_fails_its_audit(
     assert main([*shlex.split(command), *SHORT["audit"], "--trainer.default_root_dir", str(tmp_path)]) == 1
 
 
-def test_the_encoder_without_the_command_line(folder: Path) -> None:
+def test_the_encoder_without_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {"__name__": "extending"}
     exec(compile(SCRIPTS[0], "extending.md", "exec"), names)
     assert names["model"].global_step == 4
+    shown = "".join(capsys.readouterr())
+    assert "Epoch 0" in shown
+    assert "/-" not in shown  # rich shows the last epoch, which there is none of without max_epochs
     assert names["thoughts"].predictions.shape == (4, 3, 16)
 
 
