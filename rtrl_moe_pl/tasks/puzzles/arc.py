@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from rtrl_moe_pl.cells.base import at_least
-from rtrl_moe_pl.randomness import bits, integers, uniform
+from rtrl_moe_pl.randomness import integers, uniform
 from rtrl_moe_pl.tasks.base import one_of
-from rtrl_moe_pl.tasks.puzzles.arc_files import COLORS, MAX_SIDE, ArcTask, select
+from rtrl_moe_pl.tasks.puzzles.arc_augmentations import Augmentations
+from rtrl_moe_pl.tasks.puzzles.arc_files import MAX_SIDE, ArcTask, select
 from rtrl_moe_pl.tasks.puzzles.arc_grids import (
     VOCABULARY,
     crop,
-    distinct,
     off_canvas,
     on_canvas,
     pack,
@@ -25,11 +25,11 @@ from rtrl_moe_pl.tasks.puzzles.arc_grids import (
     transform,
 )
 from rtrl_moe_pl.tasks.puzzles.base import IGNORED, Puzzles, PuzzleShape, PuzzleTask, dropout_rate
-from rtrl_moe_pl.tasks.puzzles.grids import DIHEDRAL, PAD
+from rtrl_moe_pl.tasks.puzzles.grids import PAD
 
 SPLITS = ("held_out", "train_rules", "shuffled_demos")
-TRIES = 5  # augmentations drawn for every one that is wanted
-_GROUP, _QUERY, _NUMBER, _ELEMENT, _COLORS, _OFFSET, _ORDER, _DROP, _OTHER = range(9)  # what a draw is for
+# what a draw is for; 3 and 4 are those of `Augmentations`
+_GROUP, _QUERY, _NUMBER, _OFFSET, _ORDER, _DROP, _OTHER = 0, 1, 2, 5, 6, 7, 8
 
 
 class Origin(NamedTuple):
@@ -200,9 +200,9 @@ class ArcPuzzles(PuzzleTask):
         pair = torch.cat([query[:, None], pair], 1)
         groups = torch.cat([group[:, None], demo_group[:, None].expand_as(pair[:, 1:])], 1)
         if training and not self.augmentations:
-            element, permutation = self._augmentation(seed, index)
+            element, permutation = self._augmented.draw(seed, index)
         else:
-            element, permutation = self._fixed(group, tables.numbers[group, number])
+            element, permutation = self._augmented.fixed(group, tables.numbers[group, number])
         offset = torch.zeros_like(permutation[:, :2])
         if training and self.translate:
             largest = (tables.size[groups, pair] * shown[..., None, None]).amax((1, 2))  # [B, 2] before it is turned
@@ -211,20 +211,6 @@ class ArcPuzzles(PuzzleTask):
             offset = integers(seed, _OFFSET, index[:, None], axis, low=0, high=self.max_size - largest + 1)
         identity = group * self.augmentations + number if self.augmentations else group
         return Origin(group, query, element, permutation, offset), identity, groups, pair, shown
-
-    def _augmentation(self, seed: int, *counters: Tensor) -> tuple[Tensor, Tensor]:
-        """A random element [..] and a random permutation [.., 10] for every combination of counters."""
-        element = integers(seed, _ELEMENT, *counters, low=0, high=DIHEDRAL if self.dihedral else 1)
-        color = torch.arange(1, COLORS, device=element.device)
-        key = bits(seed, _COLORS, *(counter[..., None] for counter in counters), color)
-        shown = 1 + key.argsort(stable=True) if self.colors else color.expand(key.shape)
-        return element, torch.cat([torch.zeros_like(shown[..., :1]), shown], -1)
-
-    def _fixed(self, group: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        """Augmentation ``number`` of a group, whatever the seed; 0 is none."""
-        element, permutation = self._augmentation(0, group, number)
-        same = torch.arange(COLORS, device=number.device)
-        return element * (number > 0), torch.where((number > 0)[..., None], permutation, same)
 
     def to_tokens(self, grid: np.ndarray) -> Tensor:
         """In the upper left corner of the canvas, with its border."""
@@ -242,6 +228,10 @@ class ArcPuzzles(PuzzleTask):
         return off_canvas(cells[0].numpy()).tolist()
 
     # ---- data
+
+    @property
+    def _augmented(self) -> Augmentations:
+        return Augmentations(self.dihedral, self.colors)
 
     @cached_property
     def _parts(self) -> tuple[tuple[ArcTask, ...], tuple[ArcTask, ...]]:
@@ -273,7 +263,10 @@ class ArcPuzzles(PuzzleTask):
         if self.protocol == "held_out":
             asked = asked & own
         asked = asked & (pool.sum(1, keepdim=True) > pool.long())  # something else can be shown
-        numbers, counts = self._distinct(cells, size, demos)
+        given = size[..., 0] > 0
+        given[:, :, 1] &= demos  # a test pair's answer tells nothing
+        wanted = max(1, self.augmentations, self.votes)
+        numbers, counts = self._augmented.distinct(cells, size, given, wanted)
 
         def questions(groups: range) -> Tensor:
             return torch.tensor(
@@ -290,16 +283,3 @@ class ArcPuzzles(PuzzleTask):
         trainable = number_asked.nonzero()[:, 0]
         tables = (cells, size, demos, pool, queries, number_asked, trainable, numbers, counts, held_out, train_rules)
         return {torch.device("cpu"): _Tables(*tables)}
-
-    def _distinct(self, cells: Tensor, size: Tensor, demos: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers [G, M] of augmentations that differ, and how many there are of each group [G]."""
-        wanted = max(1, self.augmentations, self.votes)
-        number = torch.arange(TRIES * wanted if wanted > 1 else 1)
-        numbers, counts = torch.zeros(len(cells), wanted, dtype=torch.int64), torch.ones(len(cells), dtype=torch.int64)
-        given = size[..., 0] > 0
-        given[:, :, 1] &= demos  # a test pair's answer tells nothing
-        for group in range(len(cells)) if wanted > 1 else ():
-            drawn = self._fixed(torch.full_like(number, group), number)
-            found = distinct(cells[group][given[group]], size[group][given[group]], *drawn)[:wanted]
-            numbers[group, : len(found)], counts[group] = found, len(found)
-        return numbers, counts
