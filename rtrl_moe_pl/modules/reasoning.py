@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rtrl_moe_pl.cells.base import at_least, not_negative
 from rtrl_moe_pl.data.puzzles import PuzzleBatch, PuzzleStream
 from rtrl_moe_pl.modules.base import ManualModule
+from rtrl_moe_pl.modules.encoder_training import make_optimizer, require_trainable
 from rtrl_moe_pl.modules.figures import log_figures
 from rtrl_moe_pl.modules.pretrained import load_pretrained
 from rtrl_moe_pl.modules.reasoning_figures import ReasoningFigures, context_figures, grad_norms
@@ -26,7 +27,6 @@ from rtrl_moe_pl.reasoning.metrics import Curves, PuzzleMetrics
 from rtrl_moe_pl.reasoning.trm import TRM
 from rtrl_moe_pl.tasks.base import one_of
 from rtrl_moe_pl.tasks.puzzles import Puzzles, PuzzleShape
-from rtrl_moe_pl.training import CombinedOptimizer
 from rtrl_moe_pl.training.failure import first_bad
 from rtrl_moe_pl.training.pictures import log_histogram
 
@@ -92,18 +92,7 @@ class ReasoningModule(ManualModule):
         self.loss = ReasoningLoss() if loss is None else loss
         self.kl_weight = not_negative("kl_weight", kl_weight)
         self.evaluation_steps = [at_least(1, "evaluation_steps", steps) for steps in evaluation_steps]
-        if mode == "cached" and self.encoder.recurrent:
-            raise ValueError(
-                f"mode 'cached' encodes a puzzle once, but {type(self.encoder).__name__} goes on at every step: use "
-                "mode 're_encode', or another encoder"
-            )
-        if embedding_optimizer is not None and not isinstance(self.encoder, PuzzleEmbedding):
-            raise ValueError(
-                f"embedding_optimizer is for a PuzzleEmbedding, but the encoder is {type(self.encoder).__name__}: "
-                "leave it out"
-            )
-        if embedding_optimizer is not None and encoder_lr is not None:
-            raise ValueError("encoder_lr has no effect beside embedding_optimizer: give that one its own lr")
+        require_trainable(self.encoder, self.mode, encoder_lr, embedding_optimizer)
         self.encoder_lr = None if encoder_lr is None else not_negative("encoder_lr", encoder_lr)
         self.embedding_optimizer = embedding_optimizer
         self.pretrained = pretrained
@@ -133,19 +122,8 @@ class ReasoningModule(ManualModule):
             raise self._missing
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        table = self.encoder.table if isinstance(self.encoder, PuzzleEmbedding) else None
-        apart = table is not None and self.embedding_optimizer is not None
-        groups: list[dict[str, Any]] = [
-            {"params": list(self.decoder.parameters())},
-            {"params": [] if apart else list(self.encoder.parameters())},
-        ]
-        if self.encoder_lr is not None:
-            groups[1]["lr"] = self.encoder_lr
-        optimizer = self.optimizer([group for group in groups if group["params"]])
-        if not apart:
-            return optimizer
-        assert self.embedding_optimizer is not None
-        return CombinedOptimizer([optimizer, self.embedding_optimizer([table])])
+        own = self.encoder_lr, self.embedding_optimizer
+        return make_optimizer(self.optimizer, self.decoder, self.encoder, *own)
 
     def on_train_start(self) -> None:
         super().on_train_start()
