@@ -23,6 +23,7 @@ import rtrl_moe_pl.data
 import rtrl_moe_pl.gradients
 import rtrl_moe_pl.reasoning  # noqa: F401
 from rtrl_moe_pl.cli.checks import check_options, check_pair
+from rtrl_moe_pl.cli.config_files import ConfigParser
 from rtrl_moe_pl.cli.diagnosis import DiagnosisTrainer
 from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
 from rtrl_moe_pl.cli.processes import count_processes, require_all, resolve_last
@@ -84,6 +85,7 @@ class CommandLine(LightningCLI):
             trainer_class=DiagnosisTrainer,
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
             seed_everything_default=0,
+            parser_class=ConfigParser,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -129,10 +131,7 @@ class CommandLine(LightningCLI):
             parser.link_arguments(source, target, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        try:
-            super().parse_arguments(parser, args)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--config: the file is not a text in UTF-8: {error}") from error
+        super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         check_options(config)
         refuse_half(config.trainer.precision)  # before the Trainer, which on a CPU makes bfloat16 of it

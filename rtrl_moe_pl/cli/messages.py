@@ -51,7 +51,6 @@ _NO_MEMORY = re.compile(
 _TOO_LARGE = re.compile(
     _AT + r"(.*(?:int too (?:big|large)|Overflow when unpacking|calculation overflowed|multiplication overflow).*)"
 )
-_NO_KEY = re.compile(r"Key must be a string, got: (.*)\.$")
 _NO_KEYS = re.compile(r"Parser key \"(\w+)\":\s*Unable to load config '(.*)'")
 # Bases, what takes other objects, and what cannot be stepped once per update; Muon takes no biases.
 _NOT_OFFERED = {"Optimizer", "CombinedOptimizer", "SparseAdam", "LBFGS", "Muon"}
@@ -60,7 +59,8 @@ _NOT_OFFERED |= {cls.__name__ for cls in UNUSABLE_CALLBACKS} | {"GradientAccumul
 _HIDDEN = "\u200b"  # Namespace puts it before keys that are names of its methods, such as values
 _LONG_NUMBER = re.compile(r"\d{30,}")
 LONGEST = 600  # characters of a line
-_NO_YAML = re.compile(r"(?:Problems parsing config: |Unexpected config: *)(.*)", re.DOTALL)
+CONFIG = "--config"  # before what is said of one, and of its file
+_NO_YAML = re.compile(r'(?:Parser key "config": )?(?:Problems parsing config: |Unexpected config: *)(.*)', re.DOTALL)
 
 
 def one_line(error: BaseException) -> str:
@@ -87,10 +87,10 @@ def _sentence_of(text: str) -> str:
             "another process of this run has ended or no longer answers: its own error, if it left one, is above; "
             "go on with --ckpt_path last"
         )
+    if text.startswith(f"{CONFIG} "):  # has been made one before the file was named
+        return text
     if found := _NO_YAML.match(text):
-        return (
-            f"--config: the file is not a YAML mapping of keys to values: {' '.join(found[1].split()) or 'it is empty'}"
-        )
+        return f"{CONFIG}: not a YAML mapping of keys to values: {' '.join(found[1].split()) or 'it is empty'}"
     if found := _NO_FIGURE.match(text):  # Lightning's
         logged = sorted(name.strip("'") for name in found[2].split(", "))
         return f"checkpoint.monitor: nothing logs {found[1]}: give one of {', '.join(logged)}"
@@ -99,8 +99,6 @@ def _sentence_of(text: str) -> str:
         return f"{found[1]}{asked} was asked for at once, more than there is: make the model or its data smaller"
     if found := _TOO_LARGE.search(text):  # torch's
         return f"{found[1]}a number is too large for a size ({found[2]})"
-    if found := _NO_KEY.match(text):
-        return f"unknown key {found[1]}: keys are names"
     if found := _NO_KEYS.match(text):
         return f"{found[1]}: needs keys and values, got {found[2]}"
     if missing := _REQUIRED.match(text):  # of the command itself
@@ -128,7 +126,8 @@ def _sentence_of(text: str) -> str:
             break
         if not other and not _NOISE.match(line):
             causes.append(line)
-    return _sentence(".".join(keys), causes, owner, given) or " ".join(text.split())
+    path = ".".join(CONFIG if key == "config" else key for key in keys)
+    return _sentence(path, causes, owner, given) or " ".join(text.split())
 
 
 def _sentence(path: str, causes: list[str], owner: str | None, given: str | None) -> str:

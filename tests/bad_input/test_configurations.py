@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from rtrl_moe_pl.cli import CommandLine
 from tests.bad_input.case import CONFIG, DENSE, Case, contents, refused, run, table
 
-NO_MAPPING = "--config: the file is not a YAML mapping of keys to values: "
+FILE = "--config config.yaml: "
+NO_MAPPING = f"{FILE}not a YAML mapping of keys to values: "
 NO_CLASS = "model.cell: needs the name of a class, or class_path and init_args and no other key, got {"
 WITHOUT_TRAINER = CONFIG.split("trainer:")[0]
 
@@ -18,9 +20,20 @@ def cell(text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        (CONFIG + "  nonsense: 1\n", ["unknown key trainer.nonsense"]),
-        (CONFIG + "nonsense: 1\n", ["unknown key nonsense"]),
-        (CONFIG + "3: 4\n", ["unknown key 3: keys are names"]),
+        (CONFIG + "  nonsense: 1\n", [f"{FILE}unknown key trainer.nonsense: give one of accelerator, "]),
+        (CONFIG + "  min_step: {}\n", [f"{FILE}unknown key trainer.min_step: did you mean min_steps or "]),
+        (CONFIG + "nonsense: 1\n", [f"{FILE}unknown key nonsense: give one of checkpoint, "]),
+        (CONFIG + "modle: {}\n", [f"{FILE}unknown key modle: did you mean model?"]),
+        (CONFIG + "checkpoint: {key: {}}\n", [f"{FILE}unknown key checkpoint.key: give one of auto_insert_metric"]),
+        (CONFIG + "3: 4\n", [f"{FILE}unknown key 3: give one of "]),
+        (cell("{3: 4}"), [f"{FILE}model.cell: Key must be a string, got: 3"]),
+        (CONFIG + "  max_steps: 3\n", [f"{FILE}the key max_steps is given twice, in line 13 and in line 17: leave"]),
+        (CONFIG + "trainer: {}\n", [f"{FILE}the key trainer is given twice, in line 12 and in line 17"]),
+        (cell('{class_path: GRU, "class_path": LSTM}'), [f"{FILE}the key class_path is given twice, in line 6 and"]),
+        (CONFIG + "  callbacks: [{a: 1, a: 2}]\n", [f"{FILE}the key a is given twice, in line 17 and in line 17"]),
+        (CONFIG + "checkpoint: &a {dirpath: *a}\n", [f"{FILE}line 17 has an alias of itself within it"]),
+        (CONFIG + "  callbacks: &a [*a]\n", [f"{FILE}line 17 has an alias of itself within it"]),
+        (CONFIG + "config: config.yaml\n", [f"{FILE}Config file loop detected"]),
         (CONFIG.replace("{window: 4}", "{window: four}"), ["model.gradient.window", "needs int", "four"]),
         (CONFIG.replace("{window: 4}", "{windows: 4}"), ["unknown key model.gradient.windows", "window"]),
         (CONFIG.replace("max_steps: 10", "max_steps: ten"), ["trainer.max_steps", "needs int", "ten"]),
@@ -47,7 +60,7 @@ def cell(text: str) -> str:
         ("hello", [NO_MAPPING, "hello"]),
         ("", [NO_MAPPING, "empty"]),
         ("[]", [NO_MAPPING, "[]"]),
-        ("\xff", ["--config: the file is not a text in UTF-8"]),
+        ("\xff", [f"{FILE}not a text in UTF-8"]),
     ],
 )
 def test_bad_configuration_files(here: Path, capsys: pytest.CaptureFixture[str], text: str, parts: list[str]) -> None:
@@ -72,9 +85,25 @@ CASES = [
         ["no data and model given: name a configuration that has them, --config FILE"],
         config="none",
     ),
-    Case("folder", ["--config", "."], ["config: Path is not a file"], config="none"),
+    Case("folder", ["--config", "."], ["--config: Path is not a file"], config="none"),
     Case(
-        "no such file", ["--config", "k\u00e4se.yaml"], ["config: File does not exist", "k\u00e4se.yaml"], config="none"
+        "no such file",
+        ["--config", "k\u00e4se.yaml"],
+        ["--config: File does not exist", "k\u00e4se.yaml"],
+        config="none",
+    ),
+    Case(
+        "of two files the second",
+        ["--config", "{trainer: {max_steps: 3}}", "--config", "bad.yaml"],
+        ["--config bad.yaml: trainer.max_steps: needs int, got ten"],
+    ),
+    Case("no file", ["--config", "[]"], ["--config: not a YAML mapping of keys to values: []"]),
+    Case(
+        "before the command",
+        ["--config", "config.yaml", "fit"],
+        ["--config config.yaml: unknown key seed_everything before the command: give one of audit, config, fit, "],
+        "",
+        "none",
     ),
     Case("no name", ["--config"], ["--config: expected one argument"], config="none"),
     Case("unknown option", ["--unknown_option", "x"], ["unknown key unknown_option"], config="none"),
@@ -148,7 +177,15 @@ CASES = [
 
 @table(CASES)
 def test_refused(here: Path, capsys: pytest.CaptureFixture[str], case: Case) -> None:
+    (here / "bad.yaml").write_text("trainer: {max_steps: ten}\n")
     run(case, here, capsys)
+
+
+def test_an_alias_a_merge_and_names_with_dots_are_taken(here: Path) -> None:
+    parts = "data: &same {class_path: AnBnDataModule}\n", "trainer: {<<: {max_steps: 2}}\n", "$schema: a\n"
+    (here / "more.yaml").write_text("".join([*parts, "model.gradient.init_args: {window: 2}\n"]))
+    line = CommandLine(["fit", "--config", "config.yaml", "--config", "more.yaml"])
+    assert (line.trainer.max_steps, line.model.gradient.window) == (2, 2)
 
 
 def test_an_error_beside_a_class_of_the_users_own_module_is_one_line(
