@@ -16,6 +16,7 @@ from rtrl_moe_pl.randomness import bits
 from rtrl_moe_pl.tasks import Task
 from rtrl_moe_pl.tasks.base import one_of
 
+_STEP_BYTES = 100  # of a step while its batch is made: 50 to 160 were measured, of all tasks and both layouts
 _VALIDATION, _TEST = 1, 2  # their seeds are drawn from (seed, this, scale); training takes the seed itself
 
 
@@ -28,7 +29,7 @@ class SequenceDataModule(TaskDataModule):
 
     Args:
         task: what the sequences are.
-        seed: of the training data; those of validation and test are derived from it.
+        seed: of the training data, at least 0; those of validation and test are derived from it.
         batch_size: lanes per process.
         layout: "stream": windows of persistent lanes, packed with sequences end to end, a start in mid-window
             wherever one begins. "sequences": a whole sequence per lane, padded with zero weight.
@@ -68,7 +69,7 @@ class SequenceDataModule(TaskDataModule):
     ) -> None:
         super().__init__()
         self.task = task
-        self.seed = seed
+        self.seed = at_least(0, "seed", seed)
         self.batch_size = at_least(1, "batch_size", batch_size)
         self.layout = one_of(("stream", "sequences"), "layout", layout)
         self.steps_per_batch = at_least(1, "steps_per_batch", steps_per_batch)
@@ -137,16 +138,33 @@ class SequenceDataModule(TaskDataModule):
         purpose, task = (_VALIDATION, self.training_task) if split == "validation" else (_TEST, self.task)
         seed = int(bits(self.seed, purpose, self.validation_names.index(name)))
         split = _split_name(split, name)
-        stream = self._stream(split, task.scale(self._scales[name]), seed, self.validation_batch_size, None)
+        lanes = min(self.validation_batch_size, self.validation_size)
+        stream = self._stream(split, task.scale(self._scales[name]), seed, lanes, None)
+        columns = min(stream.task.max_length, self.validation_window or stream.task.max_length)
+        self._require_room(
+            f"a {split} batch of {lanes} x {columns} steps, of {self.task!r},",
+            lanes * columns,
+            "data.validation_batch_size, validation_scales or the length of the sequences, or set validation_window",
+        )
         return ValidationLoader(split, stream, self.validation_size, self.validation_window)
 
     def _training_stream(self) -> Stream:
         steps = self.steps_per_batch if self.layout == "stream" else None
+        columns = steps or self.training_task.max_length
+        self._require_room(
+            f"a training batch of {self.batch_size} x {columns} steps, of {self.training_task!r},",
+            self.batch_size * columns,
+            f"data.batch_size or {'data.steps_per_batch' if steps else 'the length of the sequences'}",
+        )
         return self._stream("train", self.training_task, self.training_seed, self.batch_size, steps)
 
     def _stream(self, split: str, task: Task, seed: int, batch_size: int, steps: int | None) -> Stream:
         self._streams[split] = Stream(task, seed, batch_size, steps, *self.process)
         return self._streams[split]
+
+    def _require_room(self, batch: str, steps: int, options: str) -> None:
+        width = 5 * self.input_size if self.encoding == "one_hot" else 0  # a bool and a float32 a token
+        self.require_room(batch, steps * (_STEP_BYTES + width), f"lower {options}")
 
     # ---- batches
 

@@ -17,6 +17,7 @@ from rtrl_moe_pl.tasks.puzzles.arc_files import FORM
 
 QUESTIONS = "questions"  # the set that a file holds
 _OF_ENDLESS = 512  # puzzles of an evaluation set that has no end
+_CELL_BYTES = 30  # of a cell of a grid while puzzles are drawn: 13 to 41 were measured, of all tasks
 _EVALUATION = 3  # the seed of evaluation sets is drawn from (seed, this)
 
 
@@ -125,7 +126,7 @@ class PuzzleDataModule(TaskDataModule):
 
     Args:
         task: what the puzzles are.
-        seed: of the training puzzles, any integer; those of evaluation are derived from it.
+        seed: of the training puzzles, at least 0; those of evaluation are derived from it.
         batch_size: lanes per process.
         batches_per_epoch: supervision steps per epoch; lanes go on from epoch to epoch.
         validation_size: puzzles per evaluation set, over all processes; None: 512 of an endless one, all of another.
@@ -153,7 +154,7 @@ class PuzzleDataModule(TaskDataModule):
     ) -> None:
         super().__init__()
         self.task = task
-        self.seed = seed
+        self.seed = at_least(0, "seed", seed)
         self.batch_size = at_least(1, "batch_size", batch_size)
         self.batches_per_epoch = at_least(1, "batches_per_epoch", batches_per_epoch)
         self.validation_size = None if validation_size is None else at_least(1, "validation_size", validation_size)
@@ -181,6 +182,7 @@ class PuzzleDataModule(TaskDataModule):
     # ---- loaders
 
     def train_dataloader(self) -> _Turns:
+        self._require_room("training", self.batch_size, "batch_size")
         return _Turns(self.batches_per_epoch)
 
     def val_dataloader(self) -> list[_EvaluationLoader]:
@@ -194,23 +196,29 @@ class PuzzleDataModule(TaskDataModule):
     def predict_dataloader(self) -> _EvaluationLoader:
         """The puzzles of the file, shared out between the ranks, or the first evaluation set."""
         if self.questions is not None:
-            count = len(self.questions.inputs)
-            return _EvaluationLoader(QUESTIONS, count, self.validation_batch_size, *self.process)
+            return self._loader(QUESTIONS, len(self.questions.inputs))
         return self._evaluation_loader(self.validation_names[0])
 
     def _evaluation_loader(self, split: str) -> _EvaluationLoader:
         limits = [limit for limit in (self.task.count(split), self.validation_size) if limit is not None]
         size = min(limits, default=_OF_ENDLESS)
-        return _EvaluationLoader(split, size, self.validation_batch_size, *self.process)
+        return self._loader(split, size)
+
+    def _loader(self, split: str, size: int) -> _EvaluationLoader:
+        lanes = min(size, self.validation_batch_size)
+        self._require_room(split, lanes, "validation_batch_size")
+        return _EvaluationLoader(split, size, lanes, *self.process)
+
+    def _require_room(self, split: str, lanes: int, option: str) -> None:
+        size = lanes * self.shape.cells * 2 * (1 + self.shape.max_demos) * _CELL_BYTES
+        self.require_room(f"a {split} batch of {lanes} puzzles", size, f"lower data.{option}")
 
     # ---- batches
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> PuzzleStream | PuzzleBatch:
         """The stream, or the puzzles that an evaluation loader asks for, on the module's device."""
         if batch == "train":
-            module = None if self.trainer is None else self.trainer.lightning_module
-            device = "cpu" if module is None else module.device
-            return PuzzleStream(self.task, self.seed, self.batch_size, *self.process, device=device)
+            return PuzzleStream(self.task, self.seed, self.batch_size, *self.process, device=self.device)
         if batch.split == QUESTIONS:
             assert self.questions is not None
             return PuzzleBatch(batch.index, self.questions.rows(batch.index.cpu()).to(batch.index.device))
