@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from pydoc import locate
 from string import Formatter
+from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
 
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.data.puzzles import PuzzleDataModule
@@ -30,6 +34,11 @@ def check_options(config: Namespace) -> None:
             raise ValueError(
                 f"trainer.{name} must be above 0, got 0: to switch validation off, set trainer.limit_val_batches to 0"
             )
+    for unit in ("steps", "epochs"):
+        least, most = trainer[f"min_{unit}"] or 0, trainer[f"max_{unit}"]
+        if most is not None and -1 < most < least:
+            raise ValueError(f"trainer.min_{unit} must be at most trainer.max_{unit} ({most}), got {least}")
+    _refuse_no_time(trainer.max_time)
     _refuse_filename("checkpoint.filename", checkpoint.filename)
     _refuse_beneath_a_file("checkpoint.dirpath", checkpoint.dirpath)
     if isinstance(trainer.logger, Namespace):
@@ -44,6 +53,13 @@ def check_pair(model: str, data: str) -> None:
         raise ValueError(f"data: SequenceModule reads sequences, got puzzles of {classes[1].__name__}")
     if issubclass(classes[0], ReasoningModule) and not (puzzles or hasattr(classes[1], "shape")):
         raise ValueError(f"data: ReasoningModule needs a PuzzleDataModule, got {classes[1].__name__}")
+
+
+def _refuse_no_time(given: Any) -> None:
+    """Raise ValueError for a limit that is over before anything is trained."""
+    with suppress(MisconfigurationException):  # the Trainer says what is no duration
+        if given is not None and (Timer(given).time_remaining() or 0.0) <= 0:
+            raise ValueError(f"trainer.max_time must be above 0, or null for no limit, got {given}")
 
 
 def _refuse_beneath_a_file(option: str, folder: str | None) -> None:

@@ -39,6 +39,7 @@ from rtrl_moe_pl.modules import (
     UpdateSizeWatch,
 )
 from rtrl_moe_pl.modules.base import refuse_half
+from rtrl_moe_pl.modules.optimization import require_updates
 from rtrl_moe_pl.modules.pretrained import load_pretrained
 from rtrl_moe_pl.modules.puzzle_writer import PuzzleWriter
 from rtrl_moe_pl.training.callbacks import Bar, BestCheckpoint, PredictionWriter
@@ -148,6 +149,9 @@ class CommandLine(LightningCLI):
 
     def audit(self, **arguments: Any) -> None:
         self.status = 0 if self.trainer.audit(**arguments) else 1  # type: ignore[attr-defined]
+
+    def before_fit(self) -> None:
+        require_updates(self.trainer, self.datamodule, cast(ManualModule, self.model).update_every)
 
     def after_fit(self) -> None:
         """Say so if nothing was there to train: a run that is complete is no error."""

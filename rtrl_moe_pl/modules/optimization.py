@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -11,7 +11,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
-from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.cells.base import at_least, not_negative
 from rtrl_moe_pl.training.optimizers import parts_of
 
 # They change weights, or train, by ways that hand-written gradients do not go, and some without end.
@@ -41,14 +41,19 @@ def prepare_callbacks(callbacks: Iterable[object]) -> None:
 
 def require_usable(optimizer: Optimizer) -> None:
     """Raise ValueError for an optimizer that cannot be stepped once per update with dense gradients."""
-    for part in parts_of(optimizer):
+    for number, part in enumerate(parts_of(optimizer)):
+        option = "model.embedding_optimizer" if number else "model.optimizer"
         if type(part) in _NEEDS:
-            raise ValueError(
-                f"model.optimizer cannot be {type(part).__name__}: {_NEEDS[type(part)]}; use Adam, AdamW or SGD"
-            )
+            raise ValueError(f"{option} cannot be {type(part).__name__}: {_NEEDS[type(part)]}; use Adam, AdamW or SGD")
         for group in part.param_groups:
-            if not math.isfinite(group["lr"]):
-                raise ValueError(f"model.optimizer.lr must be finite, got {group['lr']}")
+            _require_finite(option, group)
+
+
+def _require_finite(path: str, options: Mapping[str, object]) -> None:
+    """Raise ValueError for a number that is nan or infinite, which torch takes for most options."""
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path}.{name} must be finite, got {value}")
 
 
 def require_schedule(scheduler: object, trainer: Trainer, update_every: int) -> None:
@@ -57,24 +62,46 @@ def require_schedule(scheduler: object, trainer: Trainer, update_every: int) -> 
         raise ValueError("model.lr_scheduler cannot be ReduceLROnPlateau: schedules are stepped once per update")
     for name in ("step_size", "T_max", "T_0"):  # else a division by zero in the first step
         at_least(1, f"model.lr_scheduler.{name}", getattr(scheduler, name, 1))
+    _require_finite("model.lr_scheduler", vars(scheduler))
+    for group in scheduler.optimizer.param_groups:  # type: ignore[attr-defined]
+        for name in ("max_lr", "lr"):  # a cycle's; what the first step takes
+            not_negative(f"model.lr_scheduler: {name}", group.get(name, 0.0))
     if isinstance(scheduler, OneCycleLR):
         steps, limit = _planned(trainer, update_every)
         if scheduler.total_steps < steps:
             raise ValueError(
                 f"model.lr_scheduler: OneCycleLR ends after total_steps={scheduler.total_steps}, before {limit}: "
-                "make them equal"
+                f"set it to {steps + 1}, one more"
             )
 
 
+def require_updates(trainer: Trainer, data: object, update_every: int) -> None:
+    """Raise ValueError if a run has fewer batches than one update takes."""
+    batches = _batches(trainer, data)
+    if not trainer.fast_dev_run and batches is not None and 0 < batches < update_every:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"model.update_every={update_every} is more than the {batches} batches of trainer.max_epochs="
+            f"{trainer.max_epochs}: no update would come; lower it, or raise trainer.max_epochs"
+        )
+
+
 def _planned(trainer: Any, update_every: int) -> tuple[int, str]:
-    """Optimizer steps of a run, -1 if that is not known, and what says so.
+    """Optimizer steps of a run, -1 if that is not known, and what says so."""
+    if trainer.max_steps > 0:
+        return trainer.max_steps, f"trainer.max_steps={trainer.max_steps}"
+    batches = _batches(trainer, trainer.datamodule)
+    if batches is None:
+        return -1, ""
+    steps = batches // update_every
+    return steps, f"the {steps} steps of trainer.max_epochs={trainer.max_epochs}"
+
+
+def _batches(trainer: Any, data: object) -> int | None:
+    """Training batches of a run; None if that is not known.
 
     The Trainer's own estimate would make the loaders, which then forget the position of a checkpoint.
     """
-    if trainer.max_steps > 0:
-        return trainer.max_steps, f"trainer.max_steps={trainer.max_steps}"
-    batches = getattr(trainer.datamodule, "batches_per_epoch", None)
-    if batches is None or trainer.max_epochs in (None, -1) or trainer.limit_train_batches != 1.0:
-        return -1, ""
-    steps = trainer.max_epochs * batches // update_every
-    return steps, f"the {steps} steps of trainer.max_epochs={trainer.max_epochs}"
+    batches, limit = getattr(data, "batches_per_epoch", None), trainer.limit_train_batches
+    if batches is None or trainer.max_epochs in (None, -1):
+        return None
+    return trainer.max_epochs * (min(batches, limit) if isinstance(limit, int) else int(batches * limit))

@@ -26,6 +26,7 @@ CONFIGS = {
     "sequence": ["--config", "config.yaml"],
     "moe": ["--config", "moe.yaml"],
     "bare": BARE,  # for data or an encoder of another class
+    "table": [*BARE, *RULES, *SIZES, "--model.encoder=PuzzleEmbedding"],
     "reasoning": [*BARE, *RULES, *SIZES, "--model.encoder.heads=2"],
 }
 

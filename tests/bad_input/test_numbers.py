@@ -8,7 +8,9 @@ from tests.bad_input.case import Case, run, table
 
 CELL, DATA = "--model.cell", "--data"
 SCHEDULE = "--model.lr_scheduler"
+CYCLE = [f"{SCHEDULE}=OneCycleLR", f"{SCHEDULE}.total_steps=11"]
 BIG = "1" + "0" * 400
+HUGE = 10**12
 CASES = [
     Case("empty value", [f"{CELL}.hidden_size="], ["model.cell.hidden_size: needs int, got ''"]),
     Case("a list for a number", [f"{CELL}.hidden_size=[5]"], ["model.cell.hidden_size: needs int, got [5]"]),
@@ -50,7 +52,54 @@ CASES = [
     ),
     Case("nan lr", ["--model.optimizer.lr=.nan"], ["model.optimizer: Invalid learning rate: nan"]),
     Case("infinite lr", ["--model.optimizer.lr=.inf"], ["model.optimizer.lr must be finite, got inf"]),
+    Case(
+        "nan decay",
+        ["--model.optimizer=SGD", "--model.optimizer.weight_decay=.nan"],
+        ["model.optimizer.weight_decay must be finite, got nan"],
+    ),
+    Case(
+        "nan lr of the embedding",
+        ["--model.embedding_optimizer=SGD", "--model.embedding_optimizer.lr=.nan"],
+        ["model.embedding_optimizer.lr must be finite, got nan"],
+        config="table",
+    ),
+    Case("negative decay", ["--model.optimizer.weight_decay=-1"], ["model.optimizer: Invalid weight_decay value: -1"]),
     Case("betas", ["--model.optimizer.betas=[0.9, 2]"], ["model.optimizer: Invalid beta parameter at index 1: 2.0"]),
+    Case("negative seed", [f"{DATA}.seed=-1"], ["data.seed must be at least 0, got -1"]),
+    Case("seed of puzzles", [f"{DATA}.seed=-1"], ["data.seed must be at least 0, got -1"], config="reasoning"),
+    # batches that do not fit
+    Case(
+        "long window",
+        [f"{DATA}.steps_per_batch={HUGE}"],
+        [f"data: a training batch of 4 x {HUGE} steps", "lower data.batch_size or data.steps_per_batch"],
+    ),
+    Case(
+        "many lanes of no influence",
+        ["--model.gradient=TBPTT", f"{DATA}.batch_size={HUGE}"],
+        [f"data: a training batch of {HUGE} x 12 steps", " takes about ", " are free: lower data.batch_size or "],
+    ),
+    Case(
+        "long sequences",
+        [f"{DATA}.n_max={HUGE}"],
+        [f"data: a validation batch of 16 x {2 * HUGE + 1} steps, of AnBn(n_min=2, n_max={HUGE}, "],
+    ),
+    Case(
+        "whole sequences",
+        ["--model.gradient=BPTT", f"{DATA}.layout=sequences", f"{DATA}.n_max={HUGE}", "--trainer.limit_val_batches=0"],
+        [f"a training batch of 4 x {2 * HUGE + 1} steps, ", "lower data.batch_size or the length of the sequences"],
+    ),
+    Case(
+        "long scales",
+        [f"{DATA}.validation_scales=[{HUGE}]"],
+        [f"data: a test {HUGE}x batch of 16 x ", "lower data.validation_batch_size, validation_scales or the length"],
+        "test",
+    ),
+    Case(
+        "many puzzles",
+        [f"{DATA}.batch_size={HUGE}"],
+        [f"data: a training batch of {HUGE} puzzles takes about ", "lower data.batch_size"],
+        config="reasoning",
+    ),
     Case("no scales", [f"{DATA}.validation_scales=[]"], ["validation_scales needs at least one factor, got none"]),
     # optimizers and schedules
     Case(
@@ -89,6 +138,21 @@ CASES = [
         "cosine of 0",
         [f"{SCHEDULE}=CosineAnnealingLR", f"{SCHEDULE}.T_max=0"],
         ["model.lr_scheduler.T_max must be at least 1, got 0"],
+    ),
+    Case(
+        "cycle of nan",
+        [*CYCLE, f"{SCHEDULE}.max_lr=.nan"],
+        ["model.lr_scheduler: max_lr must be a finite number of at least 0, got nan"],
+    ),
+    Case(
+        "cycle below 0",
+        [*CYCLE, f"{SCHEDULE}.max_lr=-1"],
+        ["model.lr_scheduler: max_lr must be a finite number of at least 0, got -1"],
+    ),
+    Case(
+        "nan factor",
+        [f"{SCHEDULE}=ExponentialLR", f"{SCHEDULE}.gamma=.nan"],
+        ["model.lr_scheduler.gamma must be finite, got nan"],
     ),
     Case(
         "negative warm-up",

@@ -135,7 +135,7 @@ CASES = [
     Case(
         "schedule that is too short",
         ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1", "--model.lr_scheduler.total_steps=9"],
-        ["model.lr_scheduler: OneCycleLR ends after total_steps=9, before trainer.max_steps=10"],
+        ["model.lr_scheduler: OneCycleLR ends after total_steps=9, before trainer.max_steps=10: set it to 11"],
     ),
     Case("negative lr", ["--model.optimizer.lr=-1"], ["model.optimizer: Invalid learning rate: -1"]),
     Case(

@@ -54,6 +54,32 @@ CASES = [
     Case("precision", ["--trainer.precision=8"], ["trainer.precision: needs one of 64, 32, 16 or one of", "got 8"]),
     Case("time", ["--trainer.max_time=soon"], ["trainer.max_time: `Timer(duration='soon')` is not a valid duration"]),
     Case(
+        "no time",
+        ["--trainer.max_time=00:00:00:00"],
+        ["trainer.max_time must be above 0, or null for no limit, got 00"],
+    ),
+    Case(
+        "no time at all", ["--trainer.max_time={}"], ["trainer.max_time must be above 0, or null for no limit, got {}"]
+    ),
+    Case(
+        "least steps", ["--trainer.min_steps=11"], ["trainer.min_steps must be at most trainer.max_steps (10), got 11"]
+    ),
+    Case(
+        "least epochs",
+        ["--trainer.min_epochs=3", "--trainer.max_epochs=2"],
+        ["trainer.min_epochs must be at most trainer.max_epochs (2), got 3"],
+    ),
+    Case(
+        "never an update",
+        ["--trainer.max_steps=-1", "--trainer.max_epochs=2", "--model.update_every=11"],
+        ["model.update_every=11 is more than the 10 batches of trainer.max_epochs=2: no update would come"],
+    ),
+    Case(
+        "never an update of a part",
+        ["--trainer.max_epochs=2", "--trainer.limit_train_batches=0.5", "--model.update_every=5"],
+        ["model.update_every=5 is more than the 4 batches of trainer.max_epochs=2"],
+    ),
+    Case(
         "profiler",
         ["--trainer.profiler=xx"],
         ["trainer.profiler: ", "can only be one of ['simple', 'advanced', 'pytorch', 'xla']"],

@@ -222,5 +222,7 @@ def test_a_cycle_is_held_against_epochs_too(tmp_path: Path, update_every: int) -
         trainer(tmp_path, max_steps=-1, max_epochs=3).fit(model, datamodule=data())
 
     run(steps + 1)
-    with pytest.raises(ValueError, match=rf"before the {steps} steps of trainer\.max_epochs=3: make them equal"):
+    with pytest.raises(
+        ValueError, match=rf"before the {steps} steps of trainer\.max_epochs=3: set it to {steps + 1}, one more"
+    ):
         run(steps - 1)
