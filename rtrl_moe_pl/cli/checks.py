@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
 from rtrl_moe_pl.cells.base import at_least
+from rtrl_moe_pl.cli.offers import no_class
 from rtrl_moe_pl.data.puzzles import PuzzleDataModule
 from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
 
@@ -45,9 +46,15 @@ def check_options(config: Namespace) -> None:
         _refuse_beneath_a_file("trainer.logger.save_dir", trainer.logger.get("init_args.save_dir"))
 
 
-def check_pair(model: str, data: str) -> None:
-    """Refuse data that are not what the model reads; both are class paths."""
-    classes = [found if isinstance(found := locate(path), type) else object for path in (model, data)]
+def check_classes(model: Namespace, data: str) -> None:
+    """Refuse data, by class path, that are not what the model reads, and layers of torch for cells.
+
+    Such a layer's own words, as of an option that it does not take, would not say that it is none.
+    """
+    cell = model.get("init_args.cell.class_path", "")
+    if cell.startswith("torch."):
+        raise TypeError(no_class(model.class_path, "model.cell", cell))
+    classes = [found if isinstance(found := locate(path), type) else object for path in (model.class_path, data)]
     puzzles = issubclass(classes[1], PuzzleDataModule)
     if puzzles and issubclass(classes[0], SequenceModule):
         raise ValueError(f"data: SequenceModule reads sequences, got puzzles of {classes[1].__name__}")

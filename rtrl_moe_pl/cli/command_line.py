@@ -22,7 +22,7 @@ import rtrl_moe_pl.cells  # short class names in YAML are those of imported clas
 import rtrl_moe_pl.data
 import rtrl_moe_pl.gradients
 import rtrl_moe_pl.reasoning  # noqa: F401
-from rtrl_moe_pl.cli.checks import check_options, check_pair
+from rtrl_moe_pl.cli.checks import check_classes, check_options
 from rtrl_moe_pl.cli.config_files import ConfigParser
 from rtrl_moe_pl.cli.diagnosis import DiagnosisTrainer
 from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
@@ -180,7 +180,7 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         given = self.config[self.config.subcommand].clone()
-        check_pair(given.model.class_path, given.data.class_path)
+        check_classes(given.model, given.data.class_path)
         for _, target in LINKS:
             given.pop(target, None)
         with warnings.catch_warnings():

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import sys
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Iterator
 from pydoc import locate as find
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import LightningDataModule
-from torch import nn
+from jsonargparse import Namespace
 
-from rtrl_moe_pl.modules import ManualModule
-from rtrl_moe_pl.modules.optimization import UNUSABLE_CALLBACKS
+from rtrl_moe_pl.cli.offers import no_class, takes
 
 _TREE = re.compile(r'Parser key "|Does not validate against any of|is not accepted|unrecognized arg|not accept option')
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
@@ -24,7 +18,7 @@ _WHOLE = re.compile(r"\. Got value: Namespace\(class_path=.*")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':|.*Got value: Namespace\(class_path='([^']+)'")
 _NOISE = re.compile(
     r"Does not validate against any of|Subtypes: |Errors:|Given value type: |Expected (?:a )?<class 'NoneType'>|"
-    r"Problem with given class_path|Expected a path but |Subclass types expect one of|$"
+    r"Problem with given class_path|Expected a path but |Subclass types expect one of|Import path (?!torch\.|does)|$"
 )
 _GIVEN = re.compile(r"Given value: (?:NestedArg\(key='[^']*', val='?(.*?)'?\)$|(.*))")
 _UNKNOWN = re.compile(
@@ -40,7 +34,10 @@ _REQUIRED = re.compile(r"the following arguments are required: (.*)")
 _OF_CLASS = re.compile(r"Namespace\(class_path='([^']+)'")
 _OPTION = re.compile(r"--|(model|data|trainer|checkpoint)[.:]")  # at the beginning of a message that names its option
 _TYPES = {"collections.abc.Sequence": "a list", "collections.abc.Mapping": "keys and values"}
-_NO_CLASS = re.compile(r"Expected a dot import path string: ?(.*)|Import path does not correspond to a subclass")
+_NO_CLASS = re.compile(
+    r"Expected a dot import path string: ?(.*)|Import path (?:(torch\.\S+) )?does not correspond to a subclass|"
+    r"Expected '(.+)' to be a subclass of|Multiple subclasses with name (ReduceLROnPlateau)\."
+)
 _NO_FIGURE = re.compile(r"`ModelCheckpoint\(monitor=(.*?)\)` could not find the monitored key .*?: \[(.*?)\]")
 _BEGINS = re.compile(r"(\w+)(?=( \([^)]*\)| \+ \w+)?( must| has|=| '|:))")  # about an option: no prose
 _LOST = re.compile(r"(gloo|NCCL|TCPStore).*([Cc]onnection|[Bb]roken pipe|[Tt]imed out|timeout|remote)", re.DOTALL)
@@ -52,10 +49,6 @@ _TOO_LARGE = re.compile(
     _AT + r"(.*(?:int too (?:big|large)|Overflow when unpacking|calculation overflowed|multiplication overflow).*)"
 )
 _NO_KEYS = re.compile(r"Parser key \"(\w+)\":\s*Unable to load config '(.*)'")
-# Bases, what takes other objects, and what cannot be stepped once per update; Muon takes no biases.
-_NOT_OFFERED = {"Optimizer", "CombinedOptimizer", "SparseAdam", "LBFGS", "Muon"}
-_NOT_OFFERED |= {"LRScheduler", "ReduceLROnPlateau", "SequentialLR", "ChainedScheduler"}
-_NOT_OFFERED |= {cls.__name__ for cls in UNUSABLE_CALLBACKS} | {"GradientAccumulationScheduler"}
 _HIDDEN = "\u200b"  # Namespace puts it before keys that are names of its methods, such as values
 _LONG_NUMBER = re.compile(r"\d{30,}")
 LONGEST = 600  # characters of a line
@@ -117,7 +110,7 @@ def _sentence_of(text: str) -> str:
                 break
             keys.append(key[1])
             line = key[2]
-        if found := _CLASS.match(line):
+        if (found := _CLASS.match(line)) and not _NO_CLASS.search(line):
             other = bool(causes)  # the next branch of a union
             owner = owner if other else found[1] or found[2]
         line = _WHOLE.sub("", line)
@@ -144,16 +137,15 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
             return f"{path}: cannot import {name or owner}: {cause}"
         if missing := _REQUIRED.match(cause):
             owner = found[1] if (found := _OF_CLASS.match(given or "")) else owner
-            return f"{path}: {missing[1]} is missing" + (f": {_takes(owner)}" if owner else "")
+            return f"{path}: {missing[1]} is missing" + (f": {takes(owner)}" if owner else "")
         if unknown := _UNKNOWN.search(cause):
             key = ".".join(filter(None, [path, unknown[1] or unknown[2] or unknown[3]]))
-            return f"unknown key {key}" + (f": {_takes(owner)}" if owner else "")
+            return f"unknown key {key}" + (f": {takes(owner)}" if owner else "")
         if missing := _NO_CLASS.search(cause):
             if expected:  # a class would have done, too
                 continue
-            names = _imported(owner, path) or "the name of an imported one"
-            wrong = given if missing[1] is None else missing[1] or "''"
-            return f"{path}: there is no class {wrong} for it: give {names}, or the full path of another"
+            named = next((name for name in missing.groups() if name is not None), given)
+            return no_class(owner, path, named or "''")
         return ": ".join(filter(None, [path, cause]))  # a class's own words
     types = " or ".join(_readable(found[1] or found[2]) for found in expected)
     return f"{path}: needs {types}, got {expected[0][3] or given or repr('')}" if expected else path
@@ -162,56 +154,6 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
 def _readable(name: str) -> str:
     """The name of a type, for those who write YAML."""
     return _TYPES.get(name, f"one of {name[8:-1]}" if name.startswith("Literal[") else name)
-
-
-def _takes(class_path: str) -> str:
-    """Names of the arguments that a class can be configured with."""
-    module, name = class_path.rsplit(".", 1)
-    found = ArgumentParser().add_class_arguments(getattr(import_module(module), name), fail_untyped=False)
-    return f"{name} takes {', '.join(found)}"
-
-
-def _imported(owner: str | None, path: str) -> str:
-    """Names of the classes that an option takes, ours first; "" if they are not known, or any module will do."""
-    try:
-        bases = _bases(_hint(owner, path))
-    except NameError:  # imported for type checkers alone
-        return ""
-    found = {cls for base in bases for cls in _concrete(base) if _public(cls) and not (owner is None and cls in bases)}
-    found = {cls for cls in found if cls.__name__ not in _NOT_OFFERED}
-    ordered = sorted(found, key=lambda cls: (not cls.__module__.startswith("rtrl_moe_pl."), cls.__name__))
-    return ", ".join(dict.fromkeys(cls.__name__ for cls in ordered))
-
-
-def _hint(owner: str | None, path: str) -> Any:
-    """The type of an option, of the class that has it; None: of the command line."""
-    if owner is None and not path.startswith("trainer."):
-        return {"model": ManualModule, "data": LightningDataModule}.get(path)
-    module, name = (owner or "lightning.pytorch.Trainer").rsplit(".", 1)
-    return get_type_hints(getattr(import_module(module), name).__init__).get(path.rsplit(".", 1)[-1])
-
-
-def _public(cls: type) -> bool:
-    """Whether its package (a module that is in none: itself), or its module's list, offers the class."""
-    package = sys.modules.get(cls.__module__.rpartition(".")[0] or cls.__module__)
-    listed = getattr(sys.modules.get(cls.__module__), "__all__", ())
-    return hasattr(package, cls.__name__) or cls.__name__ in listed
-
-
-def _bases(hint: Any) -> list[type]:
-    """The classes of a type hint: for a callable, of what it returns."""
-    if isinstance(hint, type):
-        return [hint] if hint is not nn.Module and hint.__module__ != "builtins" else []
-    parts = get_args(hint)[-1:] if get_origin(hint) is Callable else get_args(hint)
-    return [base for part in parts for base in _bases(part)]
-
-
-def _concrete(base: type) -> Iterator[type]:
-    """Subclasses of a class, and itself, that can be made."""
-    if not inspect.isabstract(base) and not base.__name__.startswith("_"):
-        yield base
-    for derived in base.__subclasses__():
-        yield from _concrete(derived)
 
 
 def of_trainer(message: str, config: Namespace) -> str:

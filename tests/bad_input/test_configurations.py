@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from rtrl_moe_pl.cli import CommandLine
 from tests.bad_input.case import CONFIG, DENSE, Case, contents, refused, run, table
@@ -11,6 +12,13 @@ FILE = "--config config.yaml: "
 NO_MAPPING = f"{FILE}not a YAML mapping of keys to values: "
 NO_CLASS = "model.cell: needs the name of a class, or class_path and init_args and no other key, got {"
 WITHOUT_TRAINER = CONFIG.split("trainer:")[0]
+
+
+class Own(nn.Module):
+    """No cell."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
 
 
 def cell(text: str) -> str:
@@ -147,9 +155,54 @@ CASES = [
         ["model.optimizer: there is no class GRU for it: give AdamATan2, "],
     ),
     Case(
+        "torch's GRU for a cell",
+        ["--model.cell=torch.nn.GRU"],
+        ["model.cell: there is no class torch.nn.GRU for it: give GRU, LSTM, ", "TorchCell, "],
+    ),
+    Case(
+        "a layer without options for a cell",
+        ["--model.cell=torch.nn.Linear"],
+        ["model.cell: there is no class torch.nn.Linear for it: give GRU, LSTM, "],
+    ),
+    Case(
+        "a module without options for a cell",
+        ["--model.cell=tests.bad_input.test_configurations.Own"],
+        ["model.cell: width is missing: Own takes width"],
+    ),
+    Case(
+        "a module for a cell",
+        ["--model.cell=tests.bad_input.test_configurations.Own", "--model.cell.width=3"],
+        ["model: Own is no cell: it has no state_size and no initial_state; a cell has state_size, "],
+    ),
+    Case(
+        "a layer for an optimizer",
+        ["--model.optimizer=torch.nn.Linear", "--model.optimizer.in_features=3"],
+        ["model.optimizer: there is no class torch.nn.Linear for it: give AdamATan2, SignSGD, "],
+    ),
+    Case(
+        "a layer for a schedule",
+        ["--model.lr_scheduler=torch.nn.Linear"],
+        ["model.lr_scheduler: there is no class torch.nn.Linear for it: give Warmup, ConstantLR, "],
+    ),
+    Case(
+        "a schedule by figures",
+        ["--model.lr_scheduler=ReduceLROnPlateau"],
+        ["model.lr_scheduler: there is no class ReduceLROnPlateau for it: give Warmup, ConstantLR, "],
+    ),
+    Case(
+        "no readout",
+        ["--model.readout=Nope"],
+        ["model.readout: there is no class Nope for it: give MLP, SlotAttention, or"],
+    ),
+    Case(
+        "no loss",
+        ["--model.loss=Nope"],
+        ["model.loss: there is no class Nope for it: give WeightedCrossEntropy, or the"],
+    ),
+    Case(
         "a layer for a cell",
         ["--model.cell=torch.nn.Linear", "--model.cell.in_features=3", "--model.cell.out_features=5"],
-        ["model: Linear is no cell: it has no state_size and no initial_state; a cell has state_size, "],
+        ["model.cell: there is no class torch.nn.Linear for it: give GRU, LSTM, "],
     ),
     Case(
         "options of another class",
