@@ -25,7 +25,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (["--trainer.limit_val_batches=0"], ["val/accuracy was never there", "every_n_epochs=1)", ": epoch, step, "]),
         (["--trainer.limit_val_batches=0", "--checkpoint.monitor=train/los"], ["train/los was never", "train/loss"]),
-        (["--checkpoint.every_n_train_steps=2", "--trainer.max_steps=5"], ["(every_n_train_steps=2, ", "val/accuracy"]),
+        (["--checkpoint.every_n_train_steps=2", "--trainer.max_steps=3"], ["(every_n_train_steps=2, ", "val/accuracy"]),
         (["--checkpoint.every_n_epochs=3", "--checkpoint.monitor=null"], ["none was due", "every_n_epochs=3)"]),
     ],
 )
@@ -178,3 +178,38 @@ def test_an_epoch_cut_short_is_kept_where_nothing_is_validated(tmp_path: Path) -
     options = ["--checkpoint.save_top_k=-1", "--trainer.limit_val_batches=0", "--checkpoint.monitor=train/loss"]
     fit(tmp_path, FALLING, 7, *options)
     assert best_files(tmp_path) == ["version_0/best-step5.ckpt", "version_0/best-step7.ckpt"]
+
+
+@pytest.mark.parametrize("monitor", ["train/loss", "null"])
+def test_an_epoch_cut_short_is_kept_where_no_validation_decides(tmp_path: Path, monitor: str) -> None:
+    fit(tmp_path, FALLING, 3, f"--checkpoint.monitor={monitor}", "--checkpoint.mode=min")
+    assert best_files(tmp_path) == ["version_0/best-step3.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("every", "interval", "stops", "best"),
+    [
+        (5, 1.0, [20], [5, 10, 15, 20]),  # due with the validations
+        (3, 1.0, [20], [5, 10, 15, 20]),  # in between: under the score of the next
+        (7, 1.0, [20], [10, 15]),
+        (3, 4, [13], [4, 9]),
+        (3, 4, [3, 13], [4, 9]),  # stopped between due and kept
+        (3, 4, [7, 13], [4, 9]),
+    ],
+)
+def test_steps_that_are_kept_have_the_score_of_the_next_validation(
+    tmp_path: Path, every: int, interval: float, stops: list[int], best: list[int]
+) -> None:
+    """With val_check_interval=4 of 5 batches validations come after steps 4, 9, 14."""
+    scores = {step: 0.1 + 0.01 * step for step in range(1, 30)}
+    options = [f"--checkpoint.every_n_train_steps={every}", "--checkpoint.save_top_k=-1"]
+    for run, steps in enumerate(stops):
+        resumed = ["--ckpt_path=last"] if run else []
+        fit(tmp_path, scores, steps, f"--trainer.val_check_interval={interval}", *options, *resumed)
+    assert sorted(int(path.split("-step")[1].removesuffix(".ckpt")) for path in best_files(tmp_path)) == best
+
+
+@pytest.mark.parametrize("name", ["save_last", "save_on_exception"])
+def test_what_last_checkpoint_does_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be left out: last.ckpt is saved by last_checkpoint"):
+        BestCheckpoint(**{name: True})

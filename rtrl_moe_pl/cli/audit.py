@@ -39,7 +39,7 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
     at_least(1, "--steps", steps)
     source = prepared(model, datamodule, trainer)
     first = next(source)
-    require_room(model, repeat(first), steps)
+    require_room_for_bptt(model, repeat(first), steps)
     source = chain([first], source)
     window = model.gradient.window
     data = first_steps(source, steps if window is None else max(steps, window + 1))
@@ -107,7 +107,7 @@ def audit_puzzles(model: ReasoningModule, datamodule: LightningDataModule, train
     return report.used.passed
 
 
-def require_room(model: SequenceModule, source: Iterator[Batch], steps: int) -> None:
+def require_room_for_bptt(model: SequenceModule, source: Iterator[Batch], steps: int) -> None:
     """Refuse more steps than BPTT in float64 has memory for."""
     needed, free = forecast_memory(model, BPTT(), source, steps, False).total_bytes, free_memory(model.device)
     needed = needed * torch.float64.itemsize // model.dtype.itemsize  # type: ignore[union-attr]

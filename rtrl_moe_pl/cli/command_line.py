@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -26,7 +25,7 @@ from rtrl_moe_pl.cli.checks import check_classes, check_options
 from rtrl_moe_pl.cli.config_files import ConfigParser
 from rtrl_moe_pl.cli.diagnosis import DiagnosisTrainer
 from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
-from rtrl_moe_pl.cli.processes import count_processes, require_all, resolve_last
+from rtrl_moe_pl.cli.processes import LAST, count_processes, require_all, resolve_last
 from rtrl_moe_pl.cli.streams import printed, warnings_in_one_line
 from rtrl_moe_pl.cli.summary import SaveConfig
 from rtrl_moe_pl.cli.tf32 import set_tf32, tf32_restored
@@ -156,7 +155,7 @@ class CommandLine(LightningCLI):
     def after_fit(self) -> None:
         """Say so if nothing was there to train: a run that is complete is no error."""
         trainer, model = self.trainer, cast(ManualModule, self.model)
-        trained = trainer.global_step > model.resumed_at
+        trained = trainer.global_step > (model.resumed_at or 0)
         if not (trained or trainer.should_stop or trainer.fast_dev_run):  # type: ignore[attr-defined]
             limits = ", ".join(f"{name}={getattr(trainer, name)}" for name in ("max_steps", "max_epochs"))
             rank_zero_warn(
@@ -245,7 +244,7 @@ class CommandLine(LightningCLI):
             require_broadcast(config.trainer.strategy, processes)  # before any process is started
         if config.trainer.logger in (None, True):
             root = config.trainer.default_root_dir or os.getcwd()
-            kwargs["logger"] = RunLogger(root, version=SLURMEnvironment.job_id())  # as Lightning does
+            kwargs["logger"] = RunLogger(root)
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except Exception as error:
@@ -266,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=f".*{ignored}")
     with warnings_in_one_line():
         status = _run(arguments, debug)
+    os.environ.pop(LAST, None)  # was for the processes of this run
     return status if printed() else UNREAD
 
 

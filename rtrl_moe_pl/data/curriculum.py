@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rtrl_moe_pl.data.module import SequenceDataModule
 from rtrl_moe_pl.randomness import bits
 from rtrl_moe_pl.tasks import Task
+from rtrl_moe_pl.training.last_checkpoint import validation_due
 
 _STAGE = 3  # the seeds of stages are drawn from (seed, this, length); see data.module
 MONITOR = "val/progress"
@@ -135,11 +136,7 @@ class Promotion(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loop: Any = trainer  # attributes that its __init__ does not declare
-        epochs, batches = loop.check_val_every_n_epoch, loop.val_check_batch  # batches: None if validated by the clock
-        done = 1 + (trainer.fit_loop.total_batch_idx if epochs is None else batch_idx)
-        this_epoch = epochs is None or (trainer.current_epoch + 1) % epochs == 0
-        self.data.validation_due = trainer.enable_validation and this_epoch and bool(batches) and done % batches == 0
+        self.data.validation_due = validation_due(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self._concerns(trainer):

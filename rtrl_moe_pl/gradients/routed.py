@@ -65,6 +65,10 @@ class BlockRTRL(RTRL):
                     f"{type(cell).__name__}.banks names {name!r}, which is no parameter [experts, out, ..]"
                 )
 
+    def require_room(self, cell: nn.Module, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._require_cell(cell)
+        super().require_room(cell, batch, dtype, device)
+
     def chunk_for(self, cell: nn.Module, is_sparse: bool | None = True, batch_size: int = 1) -> int:
         """Steps between two advances of P for this cell and batch."""
         assert isinstance(cell, RoutedCell)

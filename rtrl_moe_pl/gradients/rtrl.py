@@ -200,6 +200,7 @@ class RTRL(GradientAlgorithm):
                 states = torch.stack(given[begin : begin + length]), torch.stack(returned[begin : begin + length])
                 found = segment.linearize(linearizer, *states, part)
                 if found is None and begin == 0:
+                    effects.undo()  # of the readout, which draws once more
                     break  # nothing has been written yet: run the whole window again, with its graph
                 if found is None:
                     found = segment.linearize_again(linearizer, states[1], part)

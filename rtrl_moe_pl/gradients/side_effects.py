@@ -13,21 +13,23 @@ class SideEffects:
 
     def __init__(self, cell: nn.Module, device: torch.device) -> None:
         self._cell, self._device = cell, device
-        self._buffers = [buffer.clone() for buffer in self._writable()]
-        self._marks = self._now()
+        self._generators = generator_states(device)
+        self._buffers = {name: (b, b._version, b.clone()) for name, b in self._changeable().items()}
 
     def undo(self) -> bool:
         """Put back what has changed since, so that the window draws what it drew; whether anything had."""
-        if all(torch.equal(a, b) for a, b in zip(self._marks, self._now(), strict=True)):
-            return False
-        set_generators(self._marks[1:], self._device)
-        for buffer, begun in zip(self._writable(), self._buffers, strict=True):
-            buffer.copy_(begun)
-        return True
+        drawn = any(
+            not torch.equal(then, now)
+            for then, now in zip(self._generators, generator_states(self._device), strict=True)
+        )
+        if drawn:
+            set_generators(self._generators, self._device)
+        now = self._changeable()
+        # Not by value: on a GPU that would wait for the window. A cell may put another tensor in a buffer's place.
+        changed = [n for n, (b, version, _) in self._buffers.items() if now[n] is not b or b._version != version]
+        for name in changed:
+            now[name].copy_(self._buffers[name][2])
+        return drawn or bool(changed)
 
-    def _now(self) -> list[Tensor]:
-        versions = torch.tensor([buffer._version for buffer in self._writable()])
-        return [versions, *generator_states(self._device)]
-
-    def _writable(self) -> list[Tensor]:
-        return [buffer for buffer in self._cell.buffers() if not buffer.is_inference()]
+    def _changeable(self) -> dict[str, Tensor]:
+        return {name: buffer for name, buffer in self._cell.named_buffers() if not buffer.is_inference()}

@@ -77,7 +77,7 @@ class ManualModule(LightningModule):
         self._resumed: dict[str, Any] | None = None  # this rank's part of a checkpoint, until training starts
         self._sums = GradientSums()
         self._diagnosis: str | None = None
-        self.resumed_at = 0  # optimizer steps of the checkpoint that training went on from
+        self.resumed_at: int | None = None  # optimizer steps of the checkpoint that this fit goes on from, if from one
 
     # ---- set-up
 
@@ -107,7 +107,7 @@ class ManualModule(LightningModule):
             self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
         self.trainer.precision_plugin.convert_module(self)  # type: ignore[attr-defined]  # before weights are restored
         self._sums.clear()
-        self._diagnosis = None
+        self._diagnosis = self._resumed = self.resumed_at = None
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The one optimizer of all parameters."""
@@ -231,6 +231,8 @@ class ManualModule(LightningModule):
             "figures": self._figures.state_dict(),
             "generators": generator_states(self.device),
         }
+        if self._resumed is not None:  # a validation before training: they are not taken up yet
+            checkpoint[PER_RANK] |= {name: self._resumed[name] for name in ("figures", "generators")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_architecture(self, checkpoint)
@@ -250,7 +252,8 @@ class ManualModule(LightningModule):
 
     def on_train_start(self) -> None:
         close_epoch(self.trainer.fit_loop)
-        stop_again(self.trainer)
+        if self.resumed_at is not None:
+            stop_again(self.trainer)
         self._sums.to(self.device)
         self._figures.clear()
         if self._resumed is not None:

@@ -23,6 +23,9 @@ def correct(outputs: Tensor, labels: Tensor) -> Tensor:
 
 def log_figures(module: Any, figures: dict[str, Any], **options: Any) -> None:
     """Log a ManualModule's figures by tag, the loss in the progress bar too, and the next update's learning rate."""
+    results = module.trainer._results  # of this epoch: what is not logged now would be logged as it was
+    for key in [key for key in results if key.partition(".")[2].startswith("train/")]:
+        del results[key]
     rate = module.trainer.optimizers[0].param_groups[0].get("lr")  # of the first group
     module.figures = figures if rate is None else {**figures, "train/learning_rate": float(rate)}
     module.log_dict({tag: value for tag, value in module.figures.items() if tag != "train/loss"}, **options)

@@ -26,7 +26,7 @@ _NEEDS = {SparseAdam: "it takes sparse gradients alone", LBFGS: "it computes the
 
 
 def prepare_callbacks(callbacks: Iterable[object]) -> None:
-    """Raise ValueError for callbacks of Lightning that do not work with hand-written gradients.
+    """Refuse, by a ValueError, callbacks of Lightning that do not work with hand-written gradients; set others up.
 
     `EarlyStopping` judges a figure of validations after validations, where nothing else was said: by itself it would
     judge an old one at the end of an epoch that max_steps cut short, and again when the epoch goes on.

@@ -25,13 +25,15 @@ class Bar(TQDMProgressBar):
 class BestCheckpoint(ModelCheckpoint):
     """The best by ``monitor``; a figure that nothing logs is refused after the first validation.
 
-    Where a validation comes after a batch, it is saved after both: a resumed run would leave the validation out. At the
-    end of training one warning says why there is none, if so. A resumed run goes on from the best so far, which stays
-    where it is if that is another folder; it is forgotten, with a warning, only if its file is gone.
+    What is due between two validations is saved after the next one, if the figure is of validations, and what is due
+    before a validation in any case, since a resumed run would leave it out. At the end of training one warning says why
+    there is none, if so. A resumed run goes on from the best so far, which stays where it is if that is another folder;
+    it is forgotten, with a warning, only if its file is gone.
 
     Raises:
-        TypeError, ValueError: if train_time_interval is given, which has no effect under manual optimization, or if
-            all of every_n_train_steps and every_n_epochs that are given are 0, which would keep none.
+        TypeError, ValueError: if save_last or save_on_exception is given, which are `LastCheckpoint`'s part; if
+            train_time_interval is given, which has no effect under manual optimization; or if all of
+            every_n_train_steps and every_n_epochs that are given are 0, which would keep none.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -39,6 +41,9 @@ class BestCheckpoint(ModelCheckpoint):
             raise ValueError(
                 "train_time_interval has no effect under manual optimization: use every_n_train_steps or every_n_epochs"
             )
+        for name in ("save_last", "save_on_exception"):
+            if options.get(name):
+                raise ValueError(f"{name} must be left out: last.ckpt is saved by last_checkpoint, also after an error")
         names = ("every_n_train_steps", "every_n_epochs")
         given = {name: options[name] for name in names if options.get(name) is not None}
         least = 0 if any(given.values()) else 1
@@ -49,19 +54,30 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not validation_due(trainer):
+        if not (self._validated(trainer) or validation_due(trainer)):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         elif self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
             self._defer_save_until_validation = True
 
+    def _validated(self, trainer: Trainer) -> bool:
+        """Whether the monitored figure is of validations: in between it is that of earlier weights."""
+        return trainer.enable_validation and not (self.monitor or "train/").startswith("train/")
+
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
+        return not self._every_n_train_steps and super()._should_save_on_train_epoch_end(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # An epoch that max_steps cut short was not validated: its score would be that of earlier weights.
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or not trainer.enable_validation:
+        cut_short = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # by max_steps
+        if not (cut_short and self._validated(trainer)):
             super().on_train_epoch_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "deferred": self._defer_save_until_validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning forgets the scores in a new folder, and every resumed run has one. It removes no file of another.
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+        self._defer_save_until_validation = state_dict.get("deferred", False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

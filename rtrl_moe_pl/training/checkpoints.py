@@ -123,8 +123,11 @@ def _saved_at(path: Path) -> float:
     held: Any = None
     with contextlib.suppress(Exception):  # what is wrong with it is said when it is read
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    time_of_file = path.stat().st_mtime
-    return held.get(SAVED_AT, time_of_file) if isinstance(held, dict) else time_of_file
+    if isinstance(held, dict) and SAVED_AT in held:
+        return held[SAVED_AT]
+    with contextlib.suppress(OSError):  # it has gone since
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _fault(path: Path, needed: Sequence[str]) -> str | None:
@@ -143,7 +146,7 @@ def _fault(path: Path, needed: Sequence[str]) -> str | None:
         part = _read(shard) if shard.is_file() else MISSING
         if isinstance(part, str):
             return f"is incomplete: its shard {shard.name} {part}"
-        if any(part[PER_RANK].get(key) != checkpoint[PER_RANK].get(key) for key in ("global_step", "batches")):
+        if any(part.get(PER_RANK, {}).get(key) != checkpoint[PER_RANK].get(key) for key in ("global_step", "batches")):
             return f"is incomplete: its shard {shard.name} is of another step or batch"
     return None
 

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rtrl_moe_pl.cells.base import at_least, positive
 from rtrl_moe_pl.training.failure import NumericalFailure
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is SLURM's, before the time is up
 BATCH = "batch"  # batches done, which may make no optimizer step
 CLOCK = 1  # no signal that is caught here has this number
 
@@ -43,9 +43,9 @@ class LastCheckpoint(ModelCheckpoint):
 
     They are saved after every validation and at the end, whatever the accuracy (the best has its own callback); after
     the first batch that ends ``minutes`` after the one before; after the last whole batch if something else fails
-    between two (one process only: several may be at different steps); and on SIGTERM and SIGINT (Ctrl-C), which end the
-    run after the batch or validation at hand. A SIGINT after it ends it at once, without saving. Several processes
-    agree after every batch: a signal to one of them stops all.
+    between two (one process only: several may be at different steps); and on SIGTERM, SIGUSR1 and SIGINT (Ctrl-C),
+    which end the run after the batch or validation at hand. A SIGINT after it ends it at once, without saving. Several
+    processes agree after every batch: a signal to one of them stops all.
 
     Args:
         keep: how many, at least 1.
@@ -78,7 +78,10 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not before, when Lightning would put its own handler over these.
         self._told = self._due = 0
-        self._saved = time.monotonic()
+        self._saved, self._saved_batch = time.monotonic(), 0
+        link = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
+        if Path(link).is_symlink():  # of a run before in this folder
+            self.last_model_path = link
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._tell) for number in SIGNALS}
 
@@ -125,7 +128,9 @@ class LastCheckpoint(ModelCheckpoint):
         # An OSError may be a full disk, a KeyboardInterrupt is the second.
         failed = isinstance(exception, NumericalFailure | Interrupted | OSError | KeyboardInterrupt)
         if not failed and trainer.world_size == 1 and trainer.training and _between_batches(trainer):
-            self._save(trainer)
+            loop: Any = trainer.fit_loop  # a batch that was taken and not trained on would be left out
+            if loop._data_fetcher.fetched == loop.epoch_loop.batch_progress.current.ready:
+                self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

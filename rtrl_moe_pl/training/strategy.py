@@ -87,7 +87,8 @@ class BroadcastStrategy(DDPStrategy):
     _finished: threading.Event
 
     def _configure_launcher(self) -> None:
-        if "LOCAL_RANK" not in os.environ:  # this is the process that starts the others
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:  # this is the process that starts the others
             os.environ[PARENT] = str(os.getpid())
         super()._configure_launcher()
 

@@ -113,7 +113,21 @@ class Counting(UserCell):
         return torch.tanh(self.input(x) + self.layer(s)) / (1 + 0.1 * steps.clone())
 
 
-@pytest.mark.parametrize("make", [PowerIteration, Counting])
+class Averaging(UserCell):
+    """Puts a new tensor in a buffer's place at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        s = torch.tanh(self.input(x) + self.layer(s))
+        self.mean = 0.9 * self.mean + 0.1 * s.detach().mean(0)
+        return s - 0.5 * self.mean
+
+
+@pytest.mark.parametrize("make", [PowerIteration, Counting, Averaging])
 def test_cells_that_change_their_buffers(make: type[UserCell]) -> None:
     torch.manual_seed(0)
     problem = make_problem(make().double(), batch=2, steps=STEPS)

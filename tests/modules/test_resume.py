@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rtrl_moe_pl.cells import GRU, LSTM, RecurrentMoE
@@ -91,6 +92,57 @@ def test_random_cells_resume_bit_identically(tmp_path: Path, stopped: int) -> No
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
     assert not torch.equal(expected["cell.input.weight"], control["cell.input.weight"])
+
+
+class Numbered(GRU):
+    """Gives each lane something of its own: its steps cannot be evaluated together, the window's graph is needed."""
+
+    def forward(self, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, s) + 0.01 * torch.arange(len(s), dtype=s.dtype)[:, None]
+
+
+@pytest.mark.filterwarnings("ignore:Numbered. the steps of a window cannot be differentiated together")
+def test_a_random_readout_resumes_bit_identically(tmp_path: Path) -> None:
+    """Of a run and of a resumed one the first window is run twice: the readout draws the same both times."""
+
+    def fit(steps: int, **how: Any) -> tuple[Trainer, SequenceModule]:
+        model = module()
+        model.cell = Numbered(3, 5)
+        model.cell.load_state_dict(module().cell.state_dict())
+        model.readout = torch.nn.Sequential(torch.nn.Dropout(0.3), module().readout)
+        run = trainer(tmp_path, max_steps=steps)
+        torch.manual_seed(2)
+        run.fit(model, datamodule=data(steps_per_batch=12), **how)
+        return run, model
+
+    first, unbroken = fit(9)
+    interrupted, _ = fit(4)
+    interrupted.save_checkpoint(tmp_path / "stopped.ckpt")
+    second, resumed = fit(9, ckpt_path=str(tmp_path / "stopped.ckpt"))
+    expected, got = final(first, unbroken), final(second, resumed)
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+def test_a_fit_takes_nothing_from_the_one_before(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Neither a checkpoint that had nothing left to train, nor early stopping."""
+    run = trainer(tmp_path)
+    run.fit(module(), datamodule=data())
+    run.save_checkpoint(tmp_path / "whole.ckpt")
+    model = module()
+    trainer(tmp_path).fit(model, datamodule=data(), ckpt_path=str(tmp_path / "whole.ckpt"))
+    assert model.resumed_at == 6
+    torch.manual_seed(123)
+    expected = torch.get_rng_state()
+    trainer(tmp_path, max_steps=7).fit(model, datamodule=data())
+    assert model.resumed_at is None
+    assert torch.equal(torch.get_rng_state(), expected)
+    stop = EarlyStopping("val/loss", patience=1, mode="max", min_delta=100.0)
+    for _ in range(2):
+        run = trainer(tmp_path, max_epochs=5, max_steps=-1, limit_val_batches=1, callbacks=[stop])
+        run.fit(module(), datamodule=data())
+        assert run.global_step > 0
+    assert not [warning for warning in recwarn if "has ended the run" in str(warning.message)]
 
 
 @pytest.mark.parametrize("averaged", [False, True])

@@ -1,16 +1,26 @@
 """SequenceModule in a Trainer: exact across batches, one step per update, everything logged."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
 from rtrl_moe_pl.cells import GRU, RecurrentMoE
 from rtrl_moe_pl.data import Batch
-from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, GradientAlgorithm, sequence_gradient
+from rtrl_moe_pl.gradients import (
+    BPTT,
+    RTRL,
+    TBPTT,
+    BlockRTRL,
+    GradientAlgorithm,
+    LazyExpertRTRL,
+    sequence_gradient,
+)
 from rtrl_moe_pl.modules import MLP, SequenceModule, SlotAttention, WeightedCrossEntropy
 from rtrl_moe_pl.modules.base import refuse_half
 from rtrl_moe_pl.modules.evaluation import evaluate
@@ -98,6 +108,23 @@ def test_figures_are_means_since_the_last_log(tmp_path: Path) -> None:
     expected = sum(w * loss for w, loss in zip(batch_weights[3:], losses[3:], strict=True)) / sum(batch_weights[3:])
     assert second.logged[5]["train/loss"] == pytest.approx(expected)
     assert second.logged[3]["train/loss"] == second.logged[2]["train/loss"]
+
+
+def test_a_figure_that_there_is_none_of_is_not_logged(tmp_path: Path) -> None:
+    """Updates are after batches 3, 6 and 9; Lightning would log at 8 what it had logged at 6."""
+    logger = CSVLogger(tmp_path)
+    run = trainer(tmp_path, logger=logger, max_steps=-1, max_epochs=1, log_every_n_steps=2)
+    run.fit(module(update_every=3), datamodule=data(steps_per_batch=12, batches_per_epoch=9))
+    with open(logger.experiment.metrics_file_path) as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert [bool(row["train/grad_norm"]) for row in rows] == [False, False, True, False]
+    assert all(row["train/state_norm"] for row in rows)
+
+
+@pytest.mark.parametrize("kind", [BlockRTRL, LazyExpertRTRL])
+def test_a_routed_algorithm_is_refused_for_another_cell_without_a_logger(tmp_path: Path, kind: Any) -> None:
+    with pytest.raises(ValueError, match=f"{kind.__name__} needs a cell that chooses slots"):
+        trainer(tmp_path).fit(module(kind(window=4)), datamodule=data())
 
 
 def test_logged_loss_and_accuracy_are_per_weight(tmp_path: Path) -> None:

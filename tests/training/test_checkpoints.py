@@ -3,6 +3,7 @@
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,21 @@ def test_what_was_saved_last_is_the_newest_whatever_the_time_of_the_file(tmp_pat
         DurableCheckpointIO().save_checkpoint({**VERSION, "state_dict": {}}, path)
     os.utime(newer, (100, 100))
     assert newest_readable(tmp_path) == newer
+
+
+def test_one_that_a_running_training_removes_meanwhile_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = write(tmp_path / "older.ckpt", 100), write(tmp_path / "newer.ckpt", 200)
+    load = torch.load
+
+    def removing(path: Path, **options: Any) -> Any:
+        found = load(path, **options)
+        newer.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(torch, "load", removing)
+    assert newest_readable(tmp_path) == older
 
 
 def test_the_newest_is_taken_whatever_its_folder(tmp_path: Path) -> None:
@@ -125,6 +141,11 @@ def test_a_checkpoint_without_the_shard_of_a_rank_is_not_whole(tmp_path: Path) -
         torch.save({PER_RANK: other}, tmp_path / "a.ckpt.rank2")
         with pytest.raises(ValueError, match=r"its shard a\.ckpt\.rank2 is of another step or batch"):
             require_readable(path)
+    torch.save({"another": "file"}, tmp_path / "a.ckpt.rank2")
+    torch.save({**VERSION, "state_dict": {}, PER_RANK: {"world_size": 3, "global_step": 4}}, path)
+    torch.save({PER_RANK: {"global_step": 4}}, tmp_path / "a.ckpt.rank1")
+    with pytest.raises(ValueError, match=r"its shard a\.ckpt\.rank2 is of another step or batch"):
+        require_readable(path)
     empty(tmp_path / "a.ckpt.rank1")
     with pytest.raises(ValueError, match=r"its shard a\.ckpt\.rank1 is truncated or corrupt"):
         require_readable(path)

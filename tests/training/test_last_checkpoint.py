@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from rtrl_moe_pl.cli import main
+from rtrl_moe_pl.data import AnBnDataModule
 from rtrl_moe_pl.modules import SequenceModule
 from rtrl_moe_pl.training.checkpoints import PER_RANK, newest_readable
 from rtrl_moe_pl.training.last_checkpoint import SIGNALS, Interrupted, LastCheckpoint
@@ -115,6 +116,33 @@ def test_after_an_exception_the_last_whole_batch_is_kept(tmp_path: Path, hook: s
     with pytest.raises(RuntimeError, match="something else"):
         fit(tmp_path, At(batch, fail, hook), LastCheckpoint())
     assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == f"last-step{saved}-batch{saved}.ckpt"
+
+
+def test_an_error_while_a_batch_is_made_leaves_no_batch_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader has counted it, and training has not: a run that went on from there would never see it."""
+    _, unbroken = fit(tmp_path / "unbroken")
+    given = AnBnDataModule.on_after_batch_transfer
+    asked = []
+
+    def broken(self: AnBnDataModule, batch: Any, index: int) -> Any:
+        asked.append(batch.split)
+        if asked.count("train") == 4:
+            fail()
+        return given(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnBnDataModule, "on_after_batch_transfer", broken)
+        with pytest.raises(RuntimeError, match="something else"):
+            fit(tmp_path, LastCheckpoint())
+    _, resumed = fit(tmp_path, LastCheckpoint(), resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True))
+
+
+def test_last_is_the_newest_where_a_run_goes_on_in_its_folder(tmp_path: Path) -> None:
+    fit(tmp_path, LastCheckpoint(), max_steps=3)
+    fit(tmp_path, LastCheckpoint(), resume=True, max_steps=9)
+    [link] = [path for path in (tmp_path / "checkpoints").iterdir() if path.is_symlink()]
+    assert (link.name, link.resolve()) == ("last.ckpt", newest_readable(tmp_path))
 
 
 def test_batches_that_make_no_optimizer_step_are_saved_too(tmp_path: Path) -> None:

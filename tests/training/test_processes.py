@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.strategies import StrategyRegistry
 
 from rtrl_moe_pl.cli import main
@@ -105,6 +107,27 @@ def test_torchrun_equals_one_process(here: Path) -> None:
     assert steps == found_steps == 3
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def slurm(rank: int, port: int) -> dict[str, str]:
+    """The environment that srun gives a task of two on one node; LOCAL_RANK is not in it."""
+    fixed = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1", "NODEID": "0", "NODELIST": "127.0.0.1"}
+    fixed |= {"JOB_ID": "4321", "JOB_NAME": "train", "PROCID": str(rank), "LOCALID": str(rank), "CPU_BIND": "none"}
+    return {**{f"SLURM_{k}": v for k, v in fixed.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_slurm_starts_the_processes_and_a_run_goes_on_in_the_same_job(here: Path) -> None:
+    for run, options in enumerate(([], ["--ckpt_path", "last", "--trainer.max_steps", "5"])):
+        arguments = ["-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", *TWO, *options]
+        with ThreadPoolExecutor(2) as pool:
+            port = find_free_network_port()
+            tasks = [pool.submit(python, *arguments, folder=here, **slurm(rank, port)) for rank in (0, 1)]
+        for task in tasks:
+            assert task.result().returncode == 0, task.result().stderr[-3000:]
+        assert weights(".")[0] == (5 if run else 3)
+    assert sorted(path.name for path in Path("lightning_logs").iterdir()) == ["version_0", "version_1"]
 
 
 @pytest.mark.slow
