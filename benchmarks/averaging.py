@@ -130,6 +130,7 @@ def measure(processes: int, repetitions: int) -> dict[str, Any]:
         with without_interrupts():
             arguments = processes, port, repetitions, path
             started = torch.multiprocessing.spawn(work, arguments, processes, join=False)  # type: ignore[attr-defined]
+        assert started is not None
         while not started.join():
             pass
         return torch.load(path)

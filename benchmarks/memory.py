@@ -86,7 +86,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     for name in ALGORITHMS:
         mine = [row for row in rows if row["algorithm"] == name]
         if mine:
-            look = {"linewidth": 6, "markersize": 12} if name == "BlockRTRL" else {}  # LazyExpertRTRL lies upon it
+            look: dict[str, Any] = {"linewidth": 6, "markersize": 12} if name == "BlockRTRL" else {}  # Lazy.. is on it
             axes.plot([r["tokens"] for r in mine], [r["peak_mb"] for r in mine], "o-", label=name, **look)
     axes.axhline(BUDGET_MB, color="0.4", linestyle="--", label=f"budget ({BUDGET_MB:,} MB)")
     axes.set(xlabel="tokens in the sequence", ylabel="peak memory of one gradient (MB)", yscale="log")

@@ -73,8 +73,9 @@ train_all("", "unused", ["a"], fit, str)
 )
 def test_an_interrupt_ends_a_pool_at_once_and_quietly(command: list[str], shown: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RESULTS.parent.parent)}
-    options: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment}
-    with subprocess.Popen([sys.executable, *command], start_new_session=True, **options) as run:
+    out, err = subprocess.PIPE, subprocess.STDOUT
+    command = [sys.executable, *command]
+    with subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True) as run:
         try:
             assert run.stdout is not None
             said = ""

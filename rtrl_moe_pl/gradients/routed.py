@@ -97,9 +97,10 @@ class BlockRTRL(RTRL):
         dense = forecast_influence(cell, batch_size, dtype.itemsize, chunk, (self.storage or dtype).itemsize)
         derivatives = lanes * _kept_numbers(cell)  # of a step
         cotangents = lanes * cell.state_size * (_written(cell) + _widest(cell))
-        tiles = TILE_BYTES if new * derivatives > TILE_BYTES // 2 else 0  # two: of one all written rows, about half
+        together = new * derivatives
+        tiles = min(TILE_BYTES, together) if together > TILE_BYTES // 2 else 0  # two, each about half of that
         advance = 2 * lanes * cell.state_size * max(p.numel() for p in self._advanced(cell))  # J P and M of a block
-        most = max(advance, copied * derivatives + tiles)
+        most = max(advance, (together if copied else 0) + tiles)
         workspace = (chunk + copied) * derivatives + chunk * cotangents + most
         return Forecast(dense.influence_bytes, int(FRAGMENTS * workspace), dense.operations_per_token)
 

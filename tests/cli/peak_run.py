@@ -20,15 +20,15 @@ from rtrl_moe_pl.reasoning import TRM
 from tests.modules.reasoning_helpers import data
 
 INPUTS, CLASSES = 6, 3
-# algorithm, cell, lanes, steps of a batch, batches
-SEQUENCES: dict[str, tuple[GradientAlgorithm, Callable[[], Any], int, int, int]] = {
-    "BPTT": (BPTT(), lambda: GRU(INPUTS, 64), 32, 1000, 1),
-    "BPTT of small operations": (BPTT(), lambda: RecurrentMoE(INPUTS, 16, 4, 8), 1, 800, 1),
-    "RTRL": (RTRL(window=32), lambda: GRU(INPUTS, 96), 16, 320, 1),
-    "RTRL of a stack": (RTRL(window=64), lambda: Stack([GRU(INPUTS, 32), GRU(32, 32)]), 16, 64, 6),
-    "BlockRTRL": (BlockRTRL(window=32), lambda: RecurrentMoE(INPUTS, 24, 4, 8), 16, 128, 1),
-    "BlockRTRL of many experts": (BlockRTRL(window=8), lambda: RecurrentMoE(INPUTS, 32, 4, 32), 4, 32, 8),
-    "LazyExpertRTRL": (LazyExpertRTRL(window=8), lambda: RecurrentMoE(INPUTS, 32, 4, 8), 4, 16, 14),
+# algorithm, cell of a width, width, lanes, steps of a batch, batches
+SEQUENCES: dict[str, tuple[GradientAlgorithm, Callable[[int], Any], int, int, int, int]] = {
+    "BPTT": (BPTT(), lambda n: GRU(INPUTS, n), 64, 32, 1000, 1),
+    "BPTT of small operations": (BPTT(), lambda d: RecurrentMoE(INPUTS, d, 4, 8), 16, 1, 800, 1),
+    "RTRL": (RTRL(window=32), lambda n: GRU(INPUTS, n), 96, 16, 320, 1),
+    "RTRL of a stack": (RTRL(window=64), lambda n: Stack([GRU(INPUTS, n), GRU(n, n)]), 32, 16, 64, 6),
+    "BlockRTRL": (BlockRTRL(window=32), lambda d: RecurrentMoE(INPUTS, d, 4, 8), 24, 16, 128, 1),
+    "BlockRTRL of many experts": (BlockRTRL(window=8), lambda d: RecurrentMoE(INPUTS, d, 4, 32), 32, 4, 32, 8),
+    "LazyExpertRTRL": (LazyExpertRTRL(window=8), lambda d: RecurrentMoE(INPUTS, d, 4, 8), 32, 4, 16, 14),
 }
 
 
@@ -43,18 +43,18 @@ def batch(lanes: int, steps: int) -> Batch:
 
 
 def of_sequences(case: str) -> tuple[int, int]:
-    algorithm, cell, lanes, steps, batches = SEQUENCES[case]
-    model = SequenceModule(cell(), CLASSES, algorithm)
+    algorithm, cell, width, lanes, steps, batches = SEQUENCES[case]
 
-    def gradients(parts: list[Batch]) -> None:
+    def gradients(model: SequenceModule, parts: list[Batch]) -> None:
         memory = algorithm.init(model.cell, len(parts[0].inputs))
         for given in parts:
             inputs, targets = given.inputs, given.targets
             algorithm.run(model.cell, model.readout, inputs, targets, model.loss, memory, given.starts)
 
-    gradients([batch(1, 4)])  # what is loaded once
-    parts, before = [batch(lanes, steps) for _ in range(batches)], peak()
-    gradients(parts)
+    gradients(SequenceModule(cell(4), CLASSES, algorithm), [batch(1, 4)])  # what is loaded once
+    model, parts = SequenceModule(cell(width), CLASSES, algorithm), [batch(lanes, steps) for _ in range(batches)]
+    before = peak()
+    gradients(model, parts)
     measured = peak() - before
     return forecast_memory(model, algorithm, iter([batch(lanes, 16)]), steps, True).total_bytes, measured
 

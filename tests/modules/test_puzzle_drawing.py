@@ -127,7 +127,8 @@ def test_no_line_is_left_white_between_a_frame_and_its_cells(dpi: int) -> None:
     drawn = Drawn(asked, said(asked))
     drawn.figure.set_dpi(dpi)
     FigureCanvasAgg(drawn.figure).draw()
-    white = (np.asarray(drawn.figure.canvas.buffer_rgba())[..., :3] > 180).all(-1)  # type: ignore[attr-defined]
+    pixels = np.asarray(drawn.figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
+    white = np.asarray((pixels[..., :3] > 180).all(-1))
     for left, top, right, bottom in (drawn.boxes("frames") * dpi).round().astype(int):
         x, y = (left + right) // 2 + 3, (top + bottom) // 2 + 3  # beside the symbols
         for line in (white[top : top + 9, x], white[bottom - 9 : bottom, x]):
