@@ -95,6 +95,12 @@ def test_the_path_of_the_option_or_of_its_class_comes_first(
     assert str(error) == located
 
 
+def test_a_package_that_is_missing_is_said_with_its_option() -> None:
+    error = ModuleNotFoundError("Requirement 'wandb' not met")  # shows its msg, not its arguments
+    locate(error, ModelSummary, {"max_depth": -2}, CONFIG)
+    assert str(error) == "trainer.callbacks (ModelSummary): Requirement 'wandb' not met"
+
+
 def test_a_configured_optimizer_is_copied_without_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(SEQUENCES)
     options = ["--config", str(tmp_path / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)]

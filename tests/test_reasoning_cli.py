@@ -210,7 +210,7 @@ CASES: list[tuple[str, str, list[str], list[str]]] = [
         ["data.source 'lightning_logs': there is no .json file in it"],
     ),
     ("no file", "predict", ["--data.puzzle=gone.json"], ["data.puzzle: there is no file gone.json", NO_PUZZLE]),
-    ("a folder", "predict", ["--data.puzzle=."], ["data.puzzle: there is no file .:", NO_PUZZLE]),
+    ("a folder", "predict", ["--data.puzzle=."], ["data.puzzle: . is a folder:", NO_PUZZLE]),
     ("not JSON", "predict", ["--data.puzzle=bad.json"], ["error: data.puzzle: bad.json: not JSON: "]),
     ("no demonstrations", "predict", ["--data.puzzle=none.json"], ["none.json: no demonstrations: train is empty"]),
     (

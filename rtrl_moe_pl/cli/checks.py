@@ -13,9 +13,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
 from rtrl_moe_pl.cells.base import at_least
-from rtrl_moe_pl.cli.offers import no_class
+from rtrl_moe_pl.cli.offers import PRECISIONS, no_class
 from rtrl_moe_pl.data.puzzles import PuzzleDataModule
 from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
+from rtrl_moe_pl.tasks.base import one_of
 
 
 def check_options(config: Namespace) -> None:
@@ -28,6 +29,12 @@ def check_options(config: Namespace) -> None:
         if not isinstance(config[name], Namespace):
             raise TypeError(f"{name}: needs keys and values, got {config[name]}")
     trainer, checkpoint = config.trainer, config.checkpoint
+    if config.get("ckpt_path") == "":
+        raise ValueError("--ckpt_path: needs a file, or last for the newest one, got ''")
+    if trainer.barebones:
+        raise ValueError("trainer.barebones=true is not supported: it takes no logger, checkpoints or callbacks")
+    if str(trainer.precision).startswith("transformer-engine"):
+        one_of(PRECISIONS, "trainer.precision", trainer.precision)
     at_least(0, "trainer.log_every_n_steps", trainer.log_every_n_steps)
     at_least(-1, "trainer.num_sanity_val_steps", trainer.num_sanity_val_steps or 0)
     for name in ("val_check_interval", "check_val_every_n_epoch"):

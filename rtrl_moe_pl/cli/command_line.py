@@ -25,7 +25,7 @@ from rtrl_moe_pl.cli.checks import check_classes, check_options
 from rtrl_moe_pl.cli.config_files import ConfigParser
 from rtrl_moe_pl.cli.diagnosis import DiagnosisTrainer
 from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
-from rtrl_moe_pl.cli.processes import LAST, count_processes, require_all, resolve_last
+from rtrl_moe_pl.cli.processes import LAST, count_processes, require_all, require_strategy, resolve_last
 from rtrl_moe_pl.cli.streams import printed, warnings_in_one_line
 from rtrl_moe_pl.cli.summary import SaveConfig
 from rtrl_moe_pl.cli.tf32 import set_tf32, tf32_restored
@@ -45,7 +45,6 @@ from rtrl_moe_pl.training.callbacks import Bar, BestCheckpoint, PredictionWriter
 from rtrl_moe_pl.training.checkpoints import require_readable, require_writable
 from rtrl_moe_pl.training.last_checkpoint import Interrupted, LastCheckpoint
 from rtrl_moe_pl.training.run_folder import RunLogger
-from rtrl_moe_pl.training.strategy import require_broadcast
 
 # Lightning's, about what is meant here: data made on the device, one folder per run, figures every few batches, saving
 # after the step; callbacks that only training has. Of a figure that is not known when a checkpoint is due,
@@ -241,7 +240,7 @@ class CommandLine(LightningCLI):
         if processes > 1 and config.trainer.strategy == "auto":
             kwargs["strategy"] = "broadcast"
         else:
-            require_broadcast(config.trainer.strategy, processes)  # before any process is started
+            require_strategy(config.trainer.strategy, processes)  # before any process is started
         if config.trainer.logger in (None, True):
             root = config.trainer.default_root_dir or os.getcwd()
             kwargs["logger"] = RunLogger(root)

@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rtrl_moe_pl.cli.messages import CONFIG, one_line
+from rtrl_moe_pl.cli.offers import HINTS
 
 
 class ConfigParser(LightningArgumentParser):
@@ -55,6 +56,7 @@ class ConfigParser(LightningArgumentParser):
                 beside = sorted(option[len(path) :] for option in options if option.rpartition(".")[0] == path[:-1])
                 near = get_close_matches(key, beside)
                 fix = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(beside)}"
+                fix = HINTS.get(here, fix)
                 raise ValueError(f"unknown key {here}{' before the command' * bool(commands)}: {fix}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from rtrl_moe_pl.cli.offers import no_class, takes
+from rtrl_moe_pl.cli.offers import HINTS, PRECISIONS, no_class, takes
 
 _TREE = re.compile(r'Parser key "|Does not validate against any of|is not accepted|unrecognized arg|not accept option')
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
@@ -30,6 +30,7 @@ _NO_CLASS_GIVEN = re.compile(
     r"Not a valid subclass of|Expected an instantiatable class|Option 'class_path' is not accepted|"
     r"argument of type '\w+' is not iterable|unhashable type|.* has no attribute 'keys'"
 )
+_WORD = re.compile(r"unrecognized arguments: ([^-\s]\S*)")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
 _OF_CLASS = re.compile(r"Namespace\(class_path='([^']+)'")
 _OPTION = re.compile(r"--|(model|data|trainer|checkpoint)[.:]")  # at the beginning of a message that names its option
@@ -94,6 +95,10 @@ def _sentence_of(text: str) -> str:
         return f"{found[1]}a number is too large for a size ({found[2]})"
     if found := _NO_KEYS.match(text):
         return f"{found[1]}: needs keys and values, got {found[2]}"
+    if text.startswith("Checkpoint file not found: "):  # Lightning's, of a URL
+        return f"--ckpt_path: {text}"
+    if word := _WORD.match(text):
+        return f"{word[1]} is no option: options begin with --"
     if missing := _REQUIRED.match(text):  # of the command itself
         needed = " and ".join(re.sub(r"\w+\.", "", missing[1]).split(", "))
         return f"no {needed} given: name a configuration that has them, --config FILE"
@@ -140,13 +145,16 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
             return f"{path}: {missing[1]} is missing" + (f": {takes(owner)}" if owner else "")
         if unknown := _UNKNOWN.search(cause):
             key = ".".join(filter(None, [path, unknown[1] or unknown[2] or unknown[3]]))
-            return f"unknown key {key}" + (f": {takes(owner)}" if owner else "")
+            hint = takes(owner) if owner else HINTS.get(key)
+            return f"unknown key {key}" + (f": {hint}" if hint else "")
         if missing := _NO_CLASS.search(cause):
             if expected:  # a class would have done, too
                 continue
             named = next((name for name in missing.groups() if name is not None), given)
             return no_class(owner, path, named or "''")
         return ": ".join(filter(None, [path, cause]))  # a class's own words
+    if path == "trainer.precision":  # Lightning has more
+        return f"{path}: needs one of {', '.join(PRECISIONS)}, got {given}"
     types = " or ".join(_readable(found[1] or found[2]) for found in expected)
     return f"{path}: needs {types}, got {expected[0][3] or given or repr('')}" if expected else path
 
@@ -206,6 +214,8 @@ def locate(error: Exception, made: type, given: dict[str, Any], config: Namespac
     path, options = found[0] if len(found) == 1 else (made.__name__, given)
     option = _BEGINS.match(message)
     error.args = (f"{path}.{message}" if option and option[1] in options else f"{path}: {message}",)
+    if isinstance(error, ImportError):  # shows this, not its arguments
+        error.msg = error.args[0]
 
 
 def _made(made: type, given: dict[str, Any], name: str | None, options: dict[str, Any]) -> bool:

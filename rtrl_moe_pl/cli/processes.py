@@ -11,9 +11,12 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
+from rtrl_moe_pl.tasks.base import one_of
 from rtrl_moe_pl.training.checkpoints import newest_readable
+from rtrl_moe_pl.training.strategy import require_broadcast
 
 PER_CORE = 8  # processes at most; more would fill the memory before the first of them says what is wrong
+STRATEGIES = "auto", "broadcast", "single_device", "ddp"  # by name; the last two of one process
 LAST = "RTRL_MOE_PL_LAST"  # environment variable: the checkpoint that the first process took for the last
 
 
@@ -34,6 +37,8 @@ def resolve_last(root: Path, resumable: bool) -> str:
 def count_processes(trainer: Any) -> int:
     """How many processes the trainer options ask for: devices times num_nodes."""
     devices = str(trainer.devices)
+    if devices in ("0", "[]"):
+        raise ValueError(f"trainer.devices: needs a number above 0, a list of indices, or auto, got {devices}")
     if devices in ("auto", "-1"):
         count = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 1
     elif isinstance(trainer.devices, list) or "," in devices:
@@ -45,6 +50,13 @@ def count_processes(trainer: Any) -> int:
     else:
         raise ValueError(f"trainer.devices: needs a number, a list of indices, or auto, got {devices or repr(devices)}")
     return count * trainer.num_nodes
+
+
+def require_strategy(strategy: object, processes: int) -> None:
+    """Refuse strategies, by object or name, that are not known to train right with so many processes."""
+    require_broadcast(strategy, processes)
+    if isinstance(strategy, str):
+        one_of(STRATEGIES, "trainer.strategy", strategy)
 
 
 def require_all(processes: int) -> None:

@@ -160,7 +160,8 @@ class PuzzleDataModule(TaskDataModule):
         self.validation_size = None if validation_size is None else at_least(1, "validation_size", validation_size)
         self.validation_batch_size = at_least(1, "validation_batch_size", validation_batch_size)
         if puzzle is not None and not Path(puzzle).is_file():
-            raise FileNotFoundError(f"data.puzzle: there is no file {puzzle}: name a JSON file, {FORM}")
+            fault = f"{puzzle} is a folder" if puzzle and Path(puzzle).is_dir() else f"there is no file {puzzle}"
+            raise FileNotFoundError(f"data.puzzle: {fault}: name a JSON file, {FORM}")
         try:
             self.questions = None if puzzle is None else read_questions(puzzle, task)  # refused now or never
         except ValueError as fault:

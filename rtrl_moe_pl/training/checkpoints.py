@@ -79,7 +79,8 @@ def require_readable(path: Path, option: str = "--ckpt_path") -> None:
     if fault is None:
         return
     if fault == MISSING:
-        raise FileNotFoundError(f"{option}: there is no file {path}")
+        newest = ": name one, or give last for the newest" if option == "--ckpt_path" else ""
+        raise FileNotFoundError(f"{option}: there is no file {path}{newest}")
     others = (other for other in _newest_first(path.parent.glob("*.ckpt")) if _fault(other, needed) is None)
     whole = next(others, None)
     raise ValueError(f"{option}: {path} {fault}" + (f"; the newest whole one beside it is {whole}" if whole else ""))

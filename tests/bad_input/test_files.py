@@ -83,7 +83,7 @@ CASES = [
         "reasoning",
     ),
     Case("no name", [PUZZLE], [f"data.puzzle: there is no file : name a JSON file, {FORM}"], "predict", "reasoning"),
-    Case("a folder", [f"{PUZZLE}."], ["data.puzzle: there is no file .:"], "predict", "reasoning"),
+    Case("a folder", [f"{PUZZLE}."], ["data.puzzle: . is a folder: name a JSON file, "], "predict", "reasoning"),
     Case("no puzzle in a fit", [f"{PUZZLE}gone.json"], ["data.puzzle: there is no file gone.json"], "fit", "reasoning"),
     Case(
         "a puzzle for sequences",

@@ -7,6 +7,8 @@ import pytest
 from tests.bad_input.case import Case, run, table
 
 DATA, GRADIENT = "--data", "--model.gradient"
+NONE = "audit and forecast take none: they look at the configuration alone"
+STRATEGY = "trainer.strategy must be one of 'auto', 'broadcast', 'single_device', 'ddp'"
 CASES = [
     # the trainer
     Case(
@@ -40,7 +42,15 @@ CASES = [
     Case(
         "limit", ["--trainer.limit_train_batches=-1"], ["trainer.limit_train_batches: You have passed invalid value -1"]
     ),
-    Case("devices 0", ["--trainer.devices=0"], ["trainer.devices: `Trainer(devices='0')` value is not a valid input"]),
+    Case(
+        "devices 0",
+        ["--trainer.devices=0"],
+        ["trainer.devices: needs a number above 0, a list of indices, or auto, got 0"],
+    ),
+    Case(
+        "none of devices", ["--trainer.devices=[]"], ["trainer.devices: needs a number above 0, a list of ", "got []"]
+    ),
+    Case("barebones", ["--trainer.barebones=true"], ["trainer.barebones=true is not supported: it takes no logger, "]),
     Case("devices", ["--trainer.devices=9999"], ["trainer.devices=9999 is more than 8 processes for each of "]),
     Case("abbreviation", ["--trainer.max_step=5"], ["unknown key trainer.max_step"]),
     Case("no devices", ["--trainer.devices="], ["trainer.devices: needs a number, a list of indices, or auto, got ''"]),
@@ -50,8 +60,19 @@ CASES = [
         ["--trainer.accelerator=abacus"],
         ["trainer.accelerator: You selected an invalid accelerator name"],
     ),
-    Case("strategy", ["--trainer.strategy=dppp"], ["trainer.strategy: You selected an invalid strategy name"]),
-    Case("precision", ["--trainer.precision=8"], ["trainer.precision: needs one of 64, 32, 16 or one of", "got 8"]),
+    Case("strategy", ["--trainer.strategy=dppp"], [f"{STRATEGY}, got 'dppp'"]),
+    Case("strategy of shards", ["--trainer.strategy=fsdp"], [f"{STRATEGY}, got 'fsdp'"]),
+    Case("strategy of a notebook", ["--trainer.strategy=ddp_spawn"], [f"{STRATEGY}, got 'ddp_spawn'"]),
+    Case(
+        "precision",
+        ["--trainer.precision=8"],
+        ["trainer.precision: needs one of 32-true, 64-true, bf16-mixed, got 8"],
+    ),
+    Case(
+        "precision of 8 bits",
+        ["--trainer.precision=transformer-engine"],
+        ["trainer.precision must be one of '32-true', '64-true', 'bf16-mixed', got 'transformer-engine'"],
+    ),
     Case("time", ["--trainer.max_time=soon"], ["trainer.max_time: `Timer(duration='soon')` is not a valid duration"]),
     Case(
         "no time",
@@ -140,6 +161,16 @@ CASES = [
         ["--checkpoint.monitor=null", "--checkpoint.save_top_k=3"],
         ["checkpoint: ModelCheckpoint(save_top_k=3, monitor=None) is not"],
     ),
+    # checkpoints to go on from
+    Case(
+        "a URL of nothing",
+        ["--ckpt_path=file:///gone/a.ckpt"],
+        ["--ckpt_path: Checkpoint file not found: file:///gone/a.ckpt"],
+    ),
+    Case("no name", ["--ckpt_path="], ["--ckpt_path: needs a file, or last for the newest one, got ''"]),
+    Case("checkpoint of audit", ["--ckpt_path=last"], [f"unknown key ckpt_path: {NONE}"], "audit"),
+    Case("checkpoint of forecast", ["--ckpt_path=a.ckpt"], [f"unknown key ckpt_path: {NONE}"], "forecast"),
+    Case("null for a checkpoint", ["--config={ckpt_path: null}"], [f"unknown key ckpt_path: {NONE}"], "audit"),
     # other commands
     Case(
         "validation set", [f"{DATA}.validation_size=0"], ["data.validation_size must be at least 1, got 0"], "validate"

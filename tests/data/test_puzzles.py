@@ -211,7 +211,7 @@ def test_a_file_that_is_missing_or_bad_is_refused_at_once(tmp_path: Path):
     gone = tmp_path / "gone.json"
     with pytest.raises(FileNotFoundError, match=r'data\.puzzle: there is no file .*gone\.json: name .*"train": \['):
         data(puzzle=str(gone))
-    with pytest.raises(FileNotFoundError, match=r"data\.puzzle: there is no file"):
+    with pytest.raises(FileNotFoundError, match=r"data\.puzzle: .* is a folder: name a JSON file"):
         data(puzzle=str(tmp_path))  # a folder
     gone.write_text("[")
     with pytest.raises(ValueError, match=r"gone\.json: not JSON"):

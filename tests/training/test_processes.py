@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,18 @@ def test_processes_that_would_train_alone_are_refused(
     assert "trainer.devices times trainer.num_nodes is 1, but 2 processes were started" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_the_strategy_ddp_of_one_process_changes_nothing(here: Path) -> None:
+    done = start("--trainer.strategy", "ddp", "--trainer.default_root_dir", "ddp")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert fit("--trainer.default_root_dir", "one") == 0
+    (steps, expected), (found_steps, found) = weights("one"), weights("ddp")
+    assert steps == found_steps == 3
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 # ---- torchrun
 
 
@@ -109,11 +122,12 @@ def test_torchrun_equals_one_process(here: Path) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
-def slurm(rank: int, port: int) -> dict[str, str]:
-    """The environment that srun gives a task of two on one node; LOCAL_RANK is not in it."""
+def srun(rank: int, port: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """A task of two on one node, in the environment that srun gives it; LOCAL_RANK is not in it."""
     fixed = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1", "NODEID": "0", "NODELIST": "127.0.0.1"}
     fixed |= {"JOB_ID": "4321", "JOB_NAME": "train", "PROCID": str(rank), "LOCALID": str(rank), "CPU_BIND": "none"}
-    return {**{f"SLURM_{k}": v for k, v in fixed.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment: Any = {f"SLURM_{name}": value for name, value in fixed.items()}
+    return python(*arguments, folder=Path.cwd(), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment)
 
 
 @pytest.mark.slow
@@ -121,9 +135,9 @@ def slurm(rank: int, port: int) -> dict[str, str]:
 def test_slurm_starts_the_processes_and_a_run_goes_on_in_the_same_job(here: Path) -> None:
     for run, options in enumerate(([], ["--ckpt_path", "last", "--trainer.max_steps", "5"])):
         arguments = ["-m", "rtrl_moe_pl", "fit", "--config", "config.yaml", *TWO, *options]
+        port = find_free_network_port()
         with ThreadPoolExecutor(2) as pool:
-            port = find_free_network_port()
-            tasks = [pool.submit(python, *arguments, folder=here, **slurm(rank, port)) for rank in (0, 1)]
+            tasks = [pool.submit(srun, rank, port, arguments) for rank in (0, 1)]
         for task in tasks:
             assert task.result().returncode == 0, task.result().stderr[-3000:]
         assert weights(".")[0] == (5 if run else 3)
