@@ -104,11 +104,15 @@ class BestCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         run: Any = trainer  # attributes that its __init__ does not declare
         if self.save_top_k != 0 and not self.best_model_path and not run.fast_dev_run:
-            due = "none" if self.monitor is None else f"checkpoint.monitor={self.monitor} was never there when one"
-            logged = ", ".join(sorted(self._monitor_candidates(trainer)))
+            due, logged = "none", ""
+            if self.monitor is not None:
+                due = f"checkpoint.monitor={self.monitor} was never there when one"
+                kind = self.monitor[: self.monitor.find("/") + 1]
+                names = sorted(name for name in self._monitor_candidates(trainer) if name.startswith(kind))
+                logged = f"; logged by the end: {', '.join(names) or f'nothing of {kind}'}"
             rank_zero_warn(
                 f"no best checkpoint was kept, only last.ckpt: {due} was due (every_n_train_steps="
-                f"{self._every_n_train_steps}, every_n_epochs={self._every_n_epochs}); logged by the end: {logged}"
+                f"{self._every_n_train_steps}, every_n_epochs={self._every_n_epochs}){logged}"
             )
 
 
