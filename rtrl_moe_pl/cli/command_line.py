@@ -68,7 +68,7 @@ LINKS = (
 WATCHES = (GrowthWatch, IdleWatch, UpdateSizeWatch, StalenessWatch)  # at most 3 % of a step together
 UNREAD = 128 + 13  # what a shell says of a process that was ended by SIGPIPE
 MOST_THREADS = 1024  # a slip of the keyboard starts no million of them
-WITH_CHECKPOINT = ("fit", "validate", "test", "predict")
+WRITING = ("fit", "validate", "test", "predict")  # audit and forecast write nothing
 
 
 class CommandLine(LightningCLI):
@@ -138,8 +138,9 @@ class CommandLine(LightningCLI):
             raise ValueError(f"seed_everything must be at least 0 and below 2^32, got {config.seed_everything}")
         root = str(config.trainer.default_root_dir or os.getcwd())
         remote = "://" in root
-        if self.config.subcommand in WITH_CHECKPOINT and not remote:
-            require_writable(Path(root))
+        if not remote:
+            if self.config.subcommand in WRITING:
+                require_writable(Path(root))
             if config.ckpt_path == "last":
                 config.ckpt_path = resolve_last(Path(root), resumable=self.config.subcommand == "fit")
             elif config.ckpt_path is not None and "://" not in config.ckpt_path:

@@ -11,7 +11,6 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rtrl_moe_pl.cli.messages import CONFIG, one_line
-from rtrl_moe_pl.cli.offers import HINTS
 
 
 class ConfigParser(LightningArgumentParser):
@@ -56,7 +55,6 @@ class ConfigParser(LightningArgumentParser):
                 beside = sorted(option[len(path) :] for option in options if option.rpartition(".")[0] == path[:-1])
                 near = get_close_matches(key, beside)
                 fix = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(beside)}"
-                fix = HINTS.get(here, fix)
                 raise ValueError(f"unknown key {here}{' before the command' * bool(commands)}: {fix}")
 
 

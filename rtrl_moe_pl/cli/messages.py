@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from rtrl_moe_pl.cli.offers import HINTS, PRECISIONS, no_class, takes
+from rtrl_moe_pl.cli.offers import PRECISIONS, no_class, takes
 
 _TREE = re.compile(r'Parser key "|Does not validate against any of|is not accepted|unrecognized arg|not accept option')
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
@@ -145,8 +145,7 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
             return f"{path}: {missing[1]} is missing" + (f": {takes(owner)}" if owner else "")
         if unknown := _UNKNOWN.search(cause):
             key = ".".join(filter(None, [path, unknown[1] or unknown[2] or unknown[3]]))
-            hint = takes(owner) if owner else HINTS.get(key)
-            return f"unknown key {key}" + (f": {hint}" if hint else "")
+            return f"unknown key {key}" + (f": {takes(owner)}" if owner else "")
         if missing := _NO_CLASS.search(cause):
             if expected:  # a class would have done, too
                 continue

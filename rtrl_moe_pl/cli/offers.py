@@ -16,7 +16,6 @@ from rtrl_moe_pl.modules import ManualModule
 from rtrl_moe_pl.modules.optimization import UNUSABLE_CALLBACKS
 
 PRECISIONS = "32-true", "64-true", "bf16-mixed"
-HINTS = {"ckpt_path": "audit and forecast take none: they look at the configuration alone"}  # of unknown keys
 # Bases, what takes other objects, and what cannot be stepped once per update; Muon takes no biases.
 _NOT_OFFERED = {"Optimizer", "CombinedOptimizer", "SparseAdam", "LBFGS", "Muon"}
 _NOT_OFFERED |= {"LRScheduler", "ReduceLROnPlateau", "SequentialLR", "ChainedScheduler"}

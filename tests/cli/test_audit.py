@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rtrl_moe_pl import cells
 from rtrl_moe_pl.cells import GRU, LSTM, Cell, LeakyIntegrator, RecurrentMoE, SimpleRNN, Stack, TorchCell, VanillaRNN
-from rtrl_moe_pl.cli import main
+from rtrl_moe_pl.cli import diagnosis, main
 from rtrl_moe_pl.data.puzzles import PuzzleStream
 from rtrl_moe_pl.gradients import (
     BPTT,
@@ -34,6 +34,7 @@ from rtrl_moe_pl.reasoning import TRM, Halting
 from rtrl_moe_pl.reasoning import encoders as all_encoders
 from rtrl_moe_pl.reasoning.encoders import Encoder, PairTokenEncoder, PuzzleEmbedding
 from rtrl_moe_pl.reasoning.trm import Answer, Latents
+from rtrl_moe_pl.training.checkpoints import newest_readable
 from tests.modules.reasoning_helpers import data, module
 from tests.test_cli import CONFIG, here, run  # noqa: F401
 from tests.test_reasoning_cli import run as run_puzzles
@@ -357,3 +358,25 @@ def test_bad_options_of_puzzles_are_refused_in_a_line(
     monkeypatch.chdir(tmp_path)
     assert run_puzzles("audit", "--steps", steps) == 1
     assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["audit", "forecast"])
+def test_the_weights_of_a_checkpoint_are_taken(
+    here: Path,  # noqa: F811
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the configuration that the run saved, in which ckpt_path is null; those of another model are refused."""
+    taken: list[dict[str, Tensor]] = []
+    monkeypatch.setattr(diagnosis, command, lambda model, *_: taken.append(model.state_dict()) or True)
+    assert run("fit", "--trainer.max_steps=3") == 0
+    [saved] = Path("lightning_logs").rglob("config.yaml")
+    for options in ([], ["--ckpt_path=last"]):
+        assert main([command, f"--config={saved}", *options]) == 0
+    new, trained = taken
+    expected = torch.load(newest_readable(Path("lightning_logs")), weights_only=True)["state_dict"]
+    assert all(torch.equal(trained[name], value) for name, value in expected.items())
+    assert not torch.equal(trained["readout.weight"], new["readout.weight"])
+    assert run(command, "--ckpt_path=last", "--model.cell.hidden_size=6") == 1
+    assert "cell.input.weight is" in capsys.readouterr().err
