@@ -107,7 +107,8 @@ def test_without_a_logger_nothing_is_overwritten_either(here: Path) -> None:
         assert run("fit", "--trainer.logger", "false") == 0
     names = sorted(path.name for path in (here / "checkpoints").iterdir())
     last = [f"last-step{step}-batch{step}{again}.ckpt" for step in (10, 5) for again in ("-v1", "")]
-    assert [name for name in names if name.startswith("last")] == [*last, "last-v1.ckpt", "last.ckpt"]
+    assert [name for name in names if name.startswith("last")] == [*last, "last.ckpt"]
+    assert (here / "checkpoints/last.ckpt").resolve().name == "last-step10-batch10-v1.ckpt"  # a link, to the newest
     assert (here / "config.yaml").read_text() == CONFIG
 
 
