@@ -192,6 +192,7 @@ class RTRL(GradientAlgorithm):
             )
             begin = 0
             while begin < len(given):
+                was_known = linearizer.is_sparse is not None
                 length = self.chunk_for(cell, linearizer.is_sparse, memory.batch_size)
                 segment = window.cut(begin, begin + length, given[begin])
                 part = cotangents[begin : begin + length + 1]
@@ -204,6 +205,8 @@ class RTRL(GradientAlgorithm):
                     break  # nothing has been written yet: run the whole window again, with its graph
                 if found is None:
                     found = segment.linearize_again(linearizer, states[1], part)
+                if not was_known and self.chunk_for(cell, linearizer.is_sparse, memory.batch_size) > length:
+                    continue  # in parts as long as in later windows: a resumed run rounds as an unbroken one
                 memory.half_written = True
                 if isinstance(found, Steps):
                     capacity = self.chunk_for(cell, linearizer.is_sparse, memory.batch_size)

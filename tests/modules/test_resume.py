@@ -94,6 +94,26 @@ def test_random_cells_resume_bit_identically(tmp_path: Path, stopped: int) -> No
     assert not torch.equal(expected["cell.input.weight"], control["cell.input.weight"])
 
 
+@pytest.mark.parametrize("cell", [GRU, LSTM])
+def test_windows_longer_than_a_part_resume_bit_identically(tmp_path: Path, cell: type[GRU | LSTM]) -> None:
+    """Until a cell has been differentiated, how long a part of a window may be is not known: parts are short."""
+
+    def fit(steps: int, **how: Any) -> tuple[Trainer, SequenceModule]:
+        torch.manual_seed(1)
+        model = SequenceModule(cell(3, 16), 2, RTRL(window=32))
+        run = trainer(tmp_path, max_steps=steps)
+        run.fit(model, datamodule=data(batch_size=16, steps_per_batch=32), **how)
+        return run, model
+
+    first, unbroken = fit(9)
+    interrupted, _ = fit(4)
+    interrupted.save_checkpoint(tmp_path / "stopped.ckpt")
+    second, resumed = fit(9, ckpt_path=str(tmp_path / "stopped.ckpt"))
+    expected, got = final(first, unbroken), final(second, resumed)
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
 class Numbered(GRU):
     """Gives each lane something of its own: its steps cannot be evaluated together, the window's graph is needed."""
 
