@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,10 @@ def text(found: EventAccumulator, number: int) -> str:
     return found.Tensors("summary/text_summary")[number].tensor_proto.string_val[0].decode()
 
 
-def test_tensorboard_has_hyperparameters_and_a_summary(here: Path) -> None:  # noqa: F811
+def test_tensorboard_has_hyperparameters_and_a_summary(here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    assert run("forecast") == 0
+    forecast = re.search(r"\* RTRL\(window=4\) +yes +(\S+ \S+) +(\S+ \S+) ", capsys.readouterr().out)
+    assert forecast is not None
     assert run("fit", "--trainer.log_every_n_steps", "5") == 0
     found = events(here)
     data = HParamsPluginData.FromString(
@@ -109,7 +113,7 @@ def test_tensorboard_has_hyperparameters_and_a_summary(here: Path) -> None:  # n
         "| model | SequenceModule: cell GRU, readout Linear |",
         "| parameters | 162 |",
         "| gradient | RTRL(window=4), exact |",
-        "| forecast memory | 12 kB for the influence",
+        f"| forecast memory | {forecast[1]} for the influence, about {forecast[2]} for a chunk",
         "| forecast cost | ",
     ):
         assert line in text(found, 0)

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.tensorboard.summary import hparams
 
 from rtrl_moe_pl.cli.folders import discard_unused, is_fresh
+from rtrl_moe_pl.cli.trial import of_batches
 from rtrl_moe_pl.gradients.memory import readable
 from rtrl_moe_pl.training import NumericalFailure
 
@@ -114,10 +115,10 @@ def summary(trainer: Trainer, module: Any) -> dict[str, str]:
     if getattr(data, "layout", None) == "sequences":
         steps = data.training_task.max_length  # type: ignore[union-attr]
     if isinstance(lanes, int) and isinstance(steps, int):
-        forecast = gradient.forecast(module.cell, lanes, module.dtype, steps)
+        forecast = of_batches(gradient, module, lanes, steps, getattr(data, "layout", None) == "stream")
         lines["forecast memory"] = (
             f"{readable(forecast.influence_bytes)} for the influence, about {readable(forecast.workspace_bytes)} for "
-            f"a window ({lanes} lanes, {steps} steps a batch)"
+            f"a chunk ({lanes} lanes, {steps} steps a batch)"
         )
         lines["forecast cost"] = f"{forecast.operations_per_token:.3g} operations a token"
     return lines

@@ -69,6 +69,15 @@ def first_steps(source: Iterator[Batch], steps: int) -> Batch:
     return Batch(whole.inputs[:, :steps], (labels[:, :steps], weights[:, :steps]), whole.starts[:, :steps])
 
 
+def of_batches(algorithm: GradientAlgorithm, model: SequenceModule, lanes: int, steps: int, streams: bool) -> Forecast:
+    """An algorithm's forecast for batches of some steps: where lanes go on, several fill a chunk."""
+    found = algorithm.forecast(model.cell, lanes, model.dtype, steps)  # type: ignore[arg-type]  # refuses other cells
+    if isinstance(algorithm, RTRL) and streams:
+        longer = max(steps, algorithm.chunk_for(model.cell, batch_size=lanes))
+        found = algorithm.forecast(model.cell, lanes, model.dtype, longer, steps)  # type: ignore[arg-type]
+    return found
+
+
 def forecast_memory(
     model: SequenceModule, algorithm: GradientAlgorithm, source: Iterator[Batch], steps: int, streams: bool
 ) -> Forecast:
@@ -80,10 +89,7 @@ def forecast_memory(
     """
     sample = first_steps(source, 2 * SAMPLE)
     lanes = len(sample.inputs)
-    found = algorithm.forecast(model.cell, lanes, model.dtype, steps)  # type: ignore[arg-type]
-    if isinstance(algorithm, RTRL) and streams:
-        longer = max(steps, algorithm.chunk_for(model.cell, batch_size=lanes))
-        found = algorithm.forecast(model.cell, lanes, model.dtype, longer, steps)  # type: ignore[arg-type]
+    found = of_batches(algorithm, model, lanes, steps, streams)
     if algorithm.carries_influence:
         return found
     steps, kept = min(algorithm.window or steps, steps), []
