@@ -76,7 +76,7 @@ def test_a_warning_is_one_line(here: Path) -> None:  # noqa: F811
     assert done.returncode == 0
     lines = done.stderr.splitlines()
     [number] = [number for number, line in enumerate(lines) if "train/update_size" in line]
-    assert lines[number].startswith("warning: step 5: train/update_size was")
+    assert lines[number].startswith("warning: step 1: train/update_size was")
     assert lines[number].endswith("try a smaller learning rate, or a warmup of it")
     assert not lines[number + 1].startswith(" ")  # no line of source
 

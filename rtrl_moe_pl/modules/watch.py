@@ -139,6 +139,9 @@ _ADVICE = (
 )
 
 
+AT_ONCE = 0.5  # of an update's size
+
+
 class UpdateSizeWatch(Watch):
     """Logs ``train/update_size``, the relative size |theta' - theta| / |theta'| of an update of all trained parameters.
 
@@ -146,7 +149,8 @@ class UpdateSizeWatch(Watch):
 
     Args:
         large, small: it warns if the last ``looks`` sizes were all above ``large``, or all below ``small`` (at 6e-8
-            and below, most weights in float32 stay as they are).
+            and below, most weights in float32 stay as they are). Of a size above 0.5, by which one update makes most of
+            what the weights are, it warns at once.
         looks: at least 1.
 
     Raises:
@@ -184,6 +188,13 @@ class UpdateSizeWatch(Watch):
             return
         module.log("train/update_size", self._size)
         self._sizes = [*self._sizes, self._size][-self.looks :]
+        if self._size > AT_ONCE:
+            self.warn(
+                trainer,
+                "large",
+                f"train/update_size was {self._size:.3g}: one update made most of what the weights are now: "
+                "try a smaller learning rate, or a warmup of it",
+            )
         self._size = None
         sizes = f"train/update_size was {min(self._sizes):.3g} to {max(self._sizes):.3g} in the last {self.looks} looks"
         if len(self._sizes) < self.looks:

@@ -85,7 +85,8 @@ class IdleWatch(Watch):
 _SAYS = {
     "parameters": (
         "had no gradient",
-        "check that the loss depends on them (audit names the path of each), freeze them, or take them out",
+        "if they had one before, try a smaller learning rate (units that are saturated pass none on); else check that "
+        "the loss depends on them (audit names the path of each), freeze them, or take them out",
     ),
     "units": (
         "of the state did not change, in any lane,",

@@ -228,7 +228,7 @@ def test_puzzles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (("--steps", "0"), "error: --steps must be at least 1, got 0"),
         (("--memory", "-1"), "error: --memory must be a finite number above 0, got -1"),
         (("--memory", "much"), "error: memory: needs "),
-        (("--ckpt_path", "last"), "error: unknown key ckpt_path"),
+        (("--ckpt_path", "last"), "error: --ckpt_path last: no complete checkpoint below"),
     ],
 )
 def test_bad_options_are_refused_in_a_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,11 +158,25 @@ def test_the_norm_of_the_lanes_of_four_processes_is_of_four_times_the_entries() 
 # ---- updates
 
 
-@pytest.mark.parametrize(("lr", "says"), [(1e4, "above 0.1: try a smaller"), (1e-12, "below 1e-07: nothing is")])
-def test_updates_that_are_too_large_or_too_small_are_warned_of(tmp_path: Path, lr: float, says: str) -> None:
-    [text] = warned(tmp_path, module(optimizer=sgd(lr)), UpdateSizeWatch())
+@pytest.mark.parametrize(
+    ("lr", "large", "says"), [(0.3, 1e-5, "above 1e-05: try a smaller"), (1e-12, 0.1, "below 1e-07: nothing is")]
+)
+def test_updates_that_are_too_large_or_too_small_are_warned_of(
+    tmp_path: Path, lr: float, large: float, says: str
+) -> None:
+    [text] = warned(tmp_path, module(optimizer=sgd(lr)), UpdateSizeWatch(large=large))
     assert text.startswith("step 5: train/update_size was")
     assert says in text
+
+
+@pytest.mark.parametrize("optimizer", [sgd(1e4), lambda parameters: torch.optim.Adam(parameters, lr=3.0)])
+def test_an_update_that_makes_most_of_the_weights_is_warned_of_at_once(tmp_path: Path, optimizer: Any) -> None:
+    """The first one: the size of later ones is over what the weights have become."""
+    text, *_ = warned(tmp_path, module(optimizer=optimizer), UpdateSizeWatch())
+    assert re.match(r"step 1: train/update_size was (0\.9|1)", text)
+    assert text.endswith(
+        "one update made most of what the weights are now: try a smaller learning rate, or a warmup of it"
+    )
 
 
 def test_frozen_weights_are_no_fault_of_a_watch(tmp_path: Path) -> None:
