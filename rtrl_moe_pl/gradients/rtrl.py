@@ -192,7 +192,7 @@ class RTRL(GradientAlgorithm):
             )
             begin = 0
             while begin < len(given):
-                was_known = linearizer.is_sparse is not None
+                first = linearizer.is_sparse is None
                 length = self.chunk_for(cell, linearizer.is_sparse, memory.batch_size)
                 segment = window.cut(begin, begin + length, given[begin])
                 part = cotangents[begin : begin + length + 1]
@@ -205,11 +205,11 @@ class RTRL(GradientAlgorithm):
                     break  # nothing has been written yet: run the whole window again, with its graph
                 if found is None:
                     found = segment.linearize_again(linearizer, states[1], part)
-                if not was_known and self.chunk_for(cell, linearizer.is_sparse, memory.batch_size) > length:
+                capacity = self.chunk_for(cell, linearizer.is_sparse, memory.batch_size)
+                if first and capacity > length:
                     continue  # in parts as long as in later windows: a resumed run rounds as an unbroken one
                 memory.half_written = True
                 if isinstance(found, Steps):
-                    capacity = self.chunk_for(cell, linearizer.is_sparse, memory.batch_size)
                     _extend_tail(memory, found, part, capacity, grads)
                 else:
                     _contract_and_advance(memory, found, grads)

@@ -1,5 +1,6 @@
 """A run that is interrupted and resumed equals one that is not, bit for bit."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rtrl_moe_pl.training import EMA
 from rtrl_moe_pl.training.checkpoints import PER_RANK
 from tests.modules.helpers import data, module, trainer
 from tests.test_cli import CONFIG
+from tests.training.faults import DropoutGRU
 
 
 def final(run: Trainer, model: SequenceModule) -> dict[str, torch.Tensor]:
@@ -29,6 +31,17 @@ def final(run: Trainer, model: SequenceModule) -> dict[str, torch.Tensor]:
     result["carried state"] = memory.state
     result |= {f"influence {name}": value for name, value in memory.sensitivity.to_dense().items()}
     return result
+
+
+def assert_resumes(folder: Path, fit: Callable[..., tuple[Trainer, SequenceModule]], stopped: int) -> None:
+    """A run of 9 steps, and one that goes on after some, from stopped.ckpt, end alike; ``fit`` takes the steps."""
+    first, unbroken = fit(9)
+    interrupted, _ = fit(stopped)
+    interrupted.save_checkpoint(folder / "stopped.ckpt")
+    second, resumed = fit(9, ckpt_path=str(folder / "stopped.ckpt"))
+    expected, got = final(first, unbroken), final(second, resumed)
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
 
 
 def options(update_every: int) -> dict[str, Any]:
@@ -63,11 +76,6 @@ def test_resumed_equals_unbroken(tmp_path: Path, gradient: GradientAlgorithm, la
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
-
-
-class DropoutGRU(GRU):
-    def forward(self, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.dropout(super().forward(x, s), 0.3, self.training)
 
 
 @pytest.mark.filterwarnings("ignore:DropoutGRU. the steps of a window cannot be differentiated together")
@@ -105,13 +113,7 @@ def test_windows_longer_than_a_part_resume_bit_identically(tmp_path: Path, cell:
         run.fit(model, datamodule=data(batch_size=16, steps_per_batch=32), **how)
         return run, model
 
-    first, unbroken = fit(9)
-    interrupted, _ = fit(4)
-    interrupted.save_checkpoint(tmp_path / "stopped.ckpt")
-    second, resumed = fit(9, ckpt_path=str(tmp_path / "stopped.ckpt"))
-    expected, got = final(first, unbroken), final(second, resumed)
-    for name, value in expected.items():
-        assert torch.equal(value, got[name]), name
+    assert_resumes(tmp_path, fit, 4)
 
 
 class Numbered(GRU):
@@ -135,13 +137,7 @@ def test_a_random_readout_resumes_bit_identically(tmp_path: Path) -> None:
         run.fit(model, datamodule=data(steps_per_batch=12), **how)
         return run, model
 
-    first, unbroken = fit(9)
-    interrupted, _ = fit(4)
-    interrupted.save_checkpoint(tmp_path / "stopped.ckpt")
-    second, resumed = fit(9, ckpt_path=str(tmp_path / "stopped.ckpt"))
-    expected, got = final(first, unbroken), final(second, resumed)
-    for name, value in expected.items():
-        assert torch.equal(value, got[name]), name
+    assert_resumes(tmp_path, fit, 4)
 
 
 def test_a_fit_takes_nothing_from_the_one_before(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -174,16 +170,10 @@ def test_float64_weights_are_restored_as_they_were(tmp_path: Path, averaged: boo
         model = module()
         run = trainer(tmp_path, max_steps=steps, callbacks=[EMA(0.9)] if averaged else [], **options)
         run.fit(model, datamodule=data(), **how)
+        assert model.dtype == torch.float64
         return run, model
 
-    first, unbroken = fit(9)
-    stopped, _ = fit(6)
-    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
-    second, resumed = fit(9, ckpt_path=str(tmp_path / "stopped.ckpt"))
-    assert resumed.dtype == torch.float64
-    expected, got = final(first, unbroken), final(second, resumed)
-    for name, value in expected.items():
-        assert torch.equal(value, got[name]), name
+    assert_resumes(tmp_path, fit, 6)
     evaluated = module()
     trainer(tmp_path, limit_val_batches=1, **options).validate(
         evaluated, datamodule=data(), ckpt_path=str(tmp_path / "stopped.ckpt"), verbose=False
