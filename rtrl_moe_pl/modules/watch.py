@@ -150,7 +150,8 @@ class UpdateSizeWatch(Watch):
     Args:
         large, small: it warns if the last ``looks`` sizes were all above ``large``, or all below ``small`` (at 6e-8
             and below, most weights in float32 stay as they are). Of a size above 0.5, by which one update makes most of
-            what the weights are, it warns at once.
+            what the weights are, it warns at once. Weights that were all zero are judged from the first size that is
+            not above ``large`` on: those before say nothing of the learning rate.
         looks: at least 1.
 
     Raises:
@@ -158,7 +159,7 @@ class UpdateSizeWatch(Watch):
     Cost: two copies of the parameters a look.
     """
 
-    kept = ("_waits", "_size", "_sizes")
+    kept = ("_waits", "_size", "_sizes", "_from_zero")
 
     def __init__(self, large: float = 0.1, small: float = 1e-7, looks: int = 5) -> None:
         self.large, self.small = positive("large", large), not_negative("small", small)
@@ -169,6 +170,7 @@ class UpdateSizeWatch(Watch):
         self._waits = False
         self._size: float | None = None
         self._sizes: list[float] = []
+        self._from_zero = False
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self._waits or pl_module.logs_now():  # type: ignore[operator]
@@ -179,6 +181,7 @@ class UpdateSizeWatch(Watch):
     ) -> None:
         if self._before is not None:
             self._size = movement(vector(pl_module.parameters()), self._before)
+            self._from_zero = self._from_zero or not self._before.any()
             self._before, self._waits = None, False
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -186,16 +189,19 @@ class UpdateSizeWatch(Watch):
         if self._size is None:
             self._waits = True
             return
-        module.log("train/update_size", self._size)
-        self._sizes = [*self._sizes, self._size][-self.looks :]
-        if self._size > AT_ONCE:
+        size, self._size = self._size, None
+        module.log("train/update_size", size)
+        self._from_zero = self._from_zero and size > self.large
+        if self._from_zero:
+            return
+        self._sizes = [*self._sizes, size][-self.looks :]
+        if size > AT_ONCE:
             self.warn(
                 trainer,
                 "large",
-                f"train/update_size was {self._size:.3g}: one update made most of what the weights are now: "
+                f"train/update_size was {size:.3g}: one update made most of what the weights are now: "
                 "try a smaller learning rate, or a warmup of it",
             )
-        self._size = None
         sizes = f"train/update_size was {min(self._sizes):.3g} to {max(self._sizes):.3g} in the last {self.looks} looks"
         if len(self._sizes) < self.looks:
             return

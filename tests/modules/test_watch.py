@@ -25,7 +25,7 @@ from rtrl_moe_pl.modules import (
     UpdateSizeWatch,
 )
 from rtrl_moe_pl.modules.watch import Watch
-from rtrl_moe_pl.training import Freeze
+from rtrl_moe_pl.training import Freeze, SignSGD
 from tests.modules.helpers import Figures, data, module, trainer
 from tests.training.small_run import Tables
 
@@ -177,6 +177,21 @@ def test_an_update_that_makes_most_of_the_weights_is_warned_of_at_once(tmp_path:
     assert text.endswith(
         "one update made most of what the weights are now: try a smaller learning rate, or a warmup of it"
     )
+
+
+def test_weights_that_were_zero_are_judged_once_they_have_a_size(tmp_path: Path) -> None:
+    """As an embedding of puzzles is, all else frozen: whatever the learning rate, the first update makes them."""
+
+    def zeros() -> SequenceModule:
+        model = module(optimizer=lambda parameters: SignSGD(parameters, lr=0.01))
+        for name, p in model.named_parameters():
+            nn.init.zeros_(p)
+            p.requires_grad_(name.endswith("bias"))
+        return model
+
+    assert warned(tmp_path, zeros(), UpdateSizeWatch()) == []
+    [text] = warned(tmp_path, zeros(), UpdateSizeWatch(large=0.99))  # all but the first; the signs change at step 4
+    assert text.startswith("step 4: train/update_size was")
 
 
 def test_frozen_weights_are_no_fault_of_a_watch(tmp_path: Path) -> None:
