@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.modules.architecture import ARCHITECTURE, architecture_of, check_architecture
 from rtrl_moe_pl.modules.figures import Stopwatch
-from rtrl_moe_pl.modules.optimization import prepare_callbacks, require_schedule, require_usable
+from rtrl_moe_pl.modules.optimization import prepare_callbacks, require_schedule, require_usable, warn_of_unused_rates
 from rtrl_moe_pl.modules.resuming import (
     check_optimizer,
     close_epoch,
@@ -122,8 +122,10 @@ class ManualModule(LightningModule):
         require_usable(optimizer)
         if self.lr_scheduler is None:
             return optimizer, None
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
         scheduler = self.lr_scheduler(optimizer)
         require_schedule(scheduler, self.trainer, self.update_every)
+        warn_of_unused_rates(rates, scheduler)
         return optimizer, scheduler  # type: ignore[return-value]  # ReduceLROnPlateau is refused
 
     # ---- the update

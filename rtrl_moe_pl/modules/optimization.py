@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS, Optimizer, SparseAdam
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
 from rtrl_moe_pl.cells.base import at_least, not_negative
 from rtrl_moe_pl.training.optimizers import parts_of
@@ -72,6 +74,30 @@ def require_schedule(scheduler: object, trainer: Trainer, update_every: int) -> 
             raise ValueError(
                 f"model.lr_scheduler: OneCycleLR ends after total_steps={scheduler.total_steps}, before {limit}: "
                 f"set it to {steps + 1}, one more"
+            )
+
+
+def warn_of_unused_rates(rates: Sequence[float], scheduler: Any) -> None:
+    """Say so where a schedule has learning rates of its own, and others were given to its optimizer.
+
+    Args:
+        rates: of the optimizer's groups, before the schedule was made. The default of an optimizer was not given.
+        scheduler: made, and not yet stepped.
+    """
+    if not isinstance(scheduler, OneCycleLR | CyclicLR):
+        return
+    defaults = [signature(type(part)).parameters.get("lr") for part in parts_of(scheduler.optimizer)]
+    known = {default.default for default in defaults if default is not None}
+    for rate, group in zip(rates, scheduler.optimizer.param_groups, strict=True):
+        if isinstance(scheduler, OneCycleLR):
+            options = {"max_lr": group["max_lr"]}
+        else:
+            options = {"base_lr": group["initial_lr"], "max_lr": scheduler.max_lrs[0]}
+        if rate not in {*known, *options.values()}:
+            rank_zero_warn(
+                f"model.optimizer: lr={rate:g} is not used: {type(scheduler).__name__} sets the learning rate, by "
+                + " and ".join(f"model.lr_scheduler.{name}={value:g}" for name, value in options.items())
+                + ": change it there"
             )
 
 
