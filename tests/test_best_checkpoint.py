@@ -44,6 +44,22 @@ def test_no_best_checkpoint_is_said_once_at_the_end(
     assert not [message for message in messages if "ModelCheckpoint" in message]
 
 
+def test_nothing_is_lost_for_a_misspelt_figure(here: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """It is said after the first validation, once, and a run with the right one goes on."""
+    fit = ["fit", "--config", "config.yaml", "--trainer.val_check_interval=2"]
+    assert main([*fit, "--trainer.max_steps=9", "--checkpoint.monitor=val/acuracy"]) == 0
+    said = [text for one in recwarn if (text := str(one.message)).startswith("checkpoint.monitor=val/acuracy: the ")]
+    assert len(said) == 1
+    assert said[0].endswith(
+        "; logged: val/accuracy, val/accuracy_2x, val/accuracy_4x, val/loss, val/loss_2x, val/loss_4x"
+    )
+    assert not list(here.rglob("best*.ckpt"))
+    recwarn.clear()
+    assert main([*fit, "--trainer.max_steps=12", "--checkpoint.monitor=val/accuracy", "--ckpt_path=last"]) == 0
+    assert not [one for one in recwarn if "best" in str(one.message)]
+    assert list(here.rglob("best-*.ckpt"))
+
+
 class Quality(Callback):
     """Logs figures that are not there in the sanity check."""
 

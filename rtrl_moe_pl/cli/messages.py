@@ -39,7 +39,10 @@ _NO_CLASS = re.compile(
     r"Expected a dot import path string: ?(.*)|Import path (?:(torch\.\S+) )?does not correspond to a subclass|"
     r"Expected '(.+)' to be a subclass of|Multiple subclasses with name (ReduceLROnPlateau)\."
 )
-_NO_FIGURE = re.compile(r"`ModelCheckpoint\(monitor=(.*?)\)` could not find the monitored key .*?: \[(.*?)\]")
+_NO_FIGURE = re.compile(  # callback, figure, and those that there are
+    r"`(ModelCheckpoint)\(monitor='(.*?)'\)` could not find the monitored key .*?: \[(.*?)\]|"
+    r"(Early) stopping conditioned on metric `(.*?)` which is not available.*: (.*)"
+)
 _BEGINS = re.compile(r"(\w+)(?=( \([^)]*\)| \+ \w+)?( must| has|=| '|:))")  # about an option: no prose
 _LOST = re.compile(r"(gloo|NCCL|TCPStore).*([Cc]onnection|[Bb]roken pipe|[Tt]imed out|timeout|remote)", re.DOTALL)
 _AT = r"(?:^|\n)[ -]*([\w. ()]+: |)"  # where in the configuration, at the beginning of a line
@@ -86,8 +89,10 @@ def _sentence_of(text: str) -> str:
     if found := _NO_YAML.match(text):
         return f"{CONFIG}: not a YAML mapping of keys to values: {' '.join(found[1].split()) or 'it is empty'}"
     if found := _NO_FIGURE.match(text):  # Lightning's
-        logged = sorted(name.strip("'") for name in found[2].split(", "))
-        return f"checkpoint.monitor: nothing logs {found[1]}: give one of {', '.join(logged)}"
+        callback, figure, logged = (word for word in found.groups() if word is not None)
+        names = ", ".join(sorted(name.strip("'`") for name in logged.split(", ")))
+        callback = callback.replace("Early", "EarlyStopping")
+        return f"trainer.callbacks: {callback}.monitor: nothing logs {figure}: give one of {names}"
     if found := _NO_MEMORY.search(text):  # torch's
         asked = f"{float(found[2]) / 1e9:.3g} GB" if found[2] else "memory"
         return f"{found[1]}{asked} was asked for at once, more than there is: make the model or its data smaller"

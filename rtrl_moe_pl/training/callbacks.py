@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from rtrl_moe_pl.cells.base import at_least
 from rtrl_moe_pl.training.last_checkpoint import validation_due
@@ -23,7 +25,7 @@ class Bar(TQDMProgressBar):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """The best by ``monitor``; a figure that nothing logs is refused after the first validation.
+    """The best by ``monitor``; of a figure that no validation logs it warns, and training goes on without a best.
 
     What is due between two validations is saved after the next one, if the figure is of validations, and what is due
     before a validation in any case, since a resumed run would leave it out. At the end of training one warning says why
@@ -50,6 +52,24 @@ class BestCheckpoint(ModelCheckpoint):
         for name, value in given.items():
             at_least(least, name, value)
         super().__init__(**options)
+        self._warned = False
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        # Lightning raises here, and what was trained until the first validation would be lost for a slip of the pen.
+        if self.monitor is None or self.monitor in monitor_candidates or self.save_top_k == 0:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        elif trainer.fit_loop.epoch_loop.val_loop._has_run and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"checkpoint.monitor={self.monitor}: the validation logged no such figure; until one does, only "
+                f"last.ckpt is kept and no best; logged: {self._logged(monitor_candidates)}"
+            )
+
+    def _logged(self, figures: Iterable[str]) -> str:
+        """Names of the figures of the kind that is monitored; of all, if that has none."""
+        monitor = self.monitor or ""
+        kind = monitor[: monitor.find("/") + 1]
+        return ", ".join(sorted(name for name in figures if name.startswith(kind))) or f"nothing of {kind}"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,9 +127,7 @@ class BestCheckpoint(ModelCheckpoint):
             due, logged = "none", ""
             if self.monitor is not None:
                 due = f"checkpoint.monitor={self.monitor} was never there when one"
-                kind = self.monitor[: self.monitor.find("/") + 1]
-                names = sorted(name for name in self._monitor_candidates(trainer) if name.startswith(kind))
-                logged = f"; logged by the end: {', '.join(names) or f'nothing of {kind}'}"
+                logged = f"; logged by the end: {self._logged(self._monitor_candidates(trainer))}"
             rank_zero_warn(
                 f"no best checkpoint was kept, only last.ckpt: {due} was due (every_n_train_steps="
                 f"{self._every_n_train_steps}, every_n_epochs={self._every_n_epochs}){logged}"

@@ -149,9 +149,15 @@ CASES = [
     Case("unknown mode", ["--checkpoint.mode=best"], ["checkpoint: `mode` can be min, max but got best"]),
     Case("negative seed", ["--seed_everything=-1"], ["seed_everything must be at least 0 and below 2^32, got -1"]),
     Case(
-        "figure that is not logged",
-        ["--checkpoint.monitor=val/acuracy"],
-        ["checkpoint.monitor: nothing logs 'val/acuracy': give one of epoch, step, train/accuracy, ", ", val/loss_4x"],
+        "figure that is not logged, to stop by",
+        ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/los"],
+        ["callbacks: EarlyStopping.monitor: nothing logs val/los: give one of train/accuracy, ", ", val/loss_4x"],
+        begins=True,
+    ),
+    Case(
+        "figure that is not logged, of an own checkpoint",
+        ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/los"],
+        ["callbacks: ModelCheckpoint.monitor: nothing logs val/los: give one of epoch, step, ", ", val/loss_4x"],
         begins=True,
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def cyclic(optimizer: Any) -> CyclicLR:
 def test_a_learning_rate_that_a_schedule_sets_otherwise_is_warned_of(
     tmp_path: Path, rate: float | None, schedule: Any, said: str | None
 ) -> None:
-    made, options = (SGD, {"momentum": 0.9}) if schedule is cyclic else (Adam, {})
-    options |= {} if rate is None else {"lr": rate}
+    made = partial(SGD, momentum=0.9) if schedule is cyclic else Adam
+    options: Any = {} if rate is None else {"lr": rate}
     model = module(optimizer=lambda parameters: made(parameters, **options), lr_scheduler=schedule)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
