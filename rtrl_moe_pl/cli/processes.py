@@ -13,10 +13,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rtrl_moe_pl.tasks.base import one_of
 from rtrl_moe_pl.training.checkpoints import newest_readable
-from rtrl_moe_pl.training.strategy import require_broadcast
+from rtrl_moe_pl.training.strategy import PARENT, require_broadcast
 
 PER_CORE = 8  # processes at most; more would fill the memory before the first of them says what is wrong
 STRATEGIES = "auto", "broadcast", "single_device", "ddp"  # by name; the last two of one process
+RANKS = "RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"  # environment variables that Lightning reads
 LAST = "RTRL_MOE_PL_LAST"  # environment variable: the checkpoint that the first process took for the last
 
 
@@ -60,10 +61,22 @@ def require_strategy(strategy: object, processes: int) -> None:
 
 
 def require_all(processes: int) -> None:
-    """Refuse to run beside processes of torchrun or srun that would each train alone."""
+    """Refuse to run beside processes of torchrun or srun that would each train alone, or as one of none.
+
+    The rank that the environment gives decides who writes; left there from elsewhere, nobody would.
+    """
     for environment in (TorchElasticEnvironment, SLURMEnvironment):
-        if environment.detect() and environment().world_size() != processes:
-            raise ValueError(
-                f"trainer.devices times trainer.num_nodes is {processes}, but {environment().world_size()} processes "
-                f"were started ({environment.__name__}): make --trainer.devices their number on a node"
-            )
+        if environment.detect():
+            if environment().world_size() != processes:
+                raise ValueError(
+                    f"trainer.devices times trainer.num_nodes is {processes}, but {environment().world_size()} "
+                    f"processes were started ({environment.__name__}): make --trainer.devices their number on a node"
+                )
+            return
+    started = PARENT in os.environ or "MASTER_PORT" in os.environ  # by this package; one by one, by a user
+    if rank_zero_only.rank if processes == 1 else "LOCAL_RANK" in os.environ and not started:
+        given = " and ".join(f"{name}={os.environ[name]}" for name in RANKS if name in os.environ)
+        raise ValueError(
+            f"the environment has {given}, as of one process of several, but nothing has started the others: unset "
+            "what is left there from elsewhere, or start all of them with torchrun or srun"
+        )

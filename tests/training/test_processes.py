@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_only
 
 from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.cli.processes import LAST
@@ -73,6 +74,28 @@ def weights(folder: str) -> tuple[int, dict[str, torch.Tensor]]:
 
 
 # ---- what is refused before a process is started
+
+
+@pytest.mark.parametrize(
+    ("devices", "given", "rank"), [(1, "RANK=1 and LOCAL_RANK=1", 1), (1, "LOCAL_RANK=1", 1), (2, "LOCAL_RANK=0", 0)]
+)
+@pytest.mark.parametrize("command", ["fit", "forecast"])
+def test_a_rank_left_in_the_environment_is_refused(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    devices: int,
+    given: str,
+    rank: int,
+) -> None:
+    """Of one process, nobody would write; of several, the first would wait for the others without end."""
+    for setting in given.split(" and "):
+        monkeypatch.setenv(*setting.split("="))
+    monkeypatch.setattr(rank_zero_only, "rank", rank)  # as it is read when Lightning is imported
+    assert main([command, "--config", "config.yaml", f"--trainer.devices={devices}"]) == 1
+    assert f": the environment has {given}, as of one process of several, but " in capsys.readouterr().err
+    assert not (here / "lightning_logs").exists()
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "dp", "no_such_strategy"])
