@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[attr-defined]
@@ -134,9 +135,25 @@ def test_other_loggers_and_none_are_left_alone(here: Path, logger: str) -> None:
 
 
 def test_reasoning_has_a_summary_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial steps that forecast it change nothing."""
     monkeypatch.chdir(tmp_path)
-    few = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *SMALL["trm_sudoku"]]
-    few += ["--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false"]
+    few = ["--trainer.max_steps", "3", "--trainer.limit_val_batches", "0", *SMALL["trm_sudoku"]]
+    few += ["--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1"]
+    few += ["--model.halting.max_steps", "1"]
     assert load("trm_sudoku")["checkpoint"]["monitor"] == "val/held_out/exact_accuracy"
-    assert main(["fit", "--config", str(CONFIGS / "trm_sudoku.yaml"), *few, "--trainer.callbacks", "null"]) == 0
-    assert "| model | ReasoningModule: decoder TRM, encoder PuzzleEmbedding |" in text(events(tmp_path), 0)
+    fit = ["fit", "--config", str(CONFIGS / "trm_sudoku.yaml"), *few, "--trainer.callbacks", "null"]
+    for logger in ("true", "false"):
+        assert main([*fit, "--trainer.logger", logger]) == 0
+    one, other = (torch.load(path, weights_only=True)["state_dict"] for path in tmp_path.rglob("last.ckpt"))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    found = events(tmp_path)
+    for line in (
+        "| model | ReasoningModule: decoder TRM, encoder PuzzleEmbedding |",
+        "| gradient | re_encode, through 1 of 2 rounds of a supervision step |",
+        "| forecast memory | about ",
+        " for the way back (",
+        " operations a cell |",
+    ):
+        assert line in text(found, 0)
+    assert "us a puzzle |" in text(found, 1)
+    assert main([*fit, "--trainer.max_steps", "4", "--ckpt_path", "last"]) == 0  # lanes that go on are no fault of it

@@ -14,10 +14,11 @@ from rtrl_moe_pl.cli.trial import (
     figure,
     first_steps,
     forecast_memory,
-    measure_reasoning,
+    forecast_reasoning,
     prepared,
     print_table,
     puzzles,
+    seconds_per_batch,
     seconds_per_step,
 )
 from rtrl_moe_pl.data import Batch
@@ -94,9 +95,9 @@ def audit_puzzles(model: ReasoningModule, datamodule: LightningDataModule, train
         name: p.norm / p.reference_norm if p.reference_norm else 0.0 for name, p in report.whole.parameters.items()
     }
     print_gradients(report.used, "share", {name: f"{share:.3f}" for name, share in shares.items()}, report.whole)
-    kept, seconds = measure_reasoning(model, stream)
+    kept = forecast_reasoning(model, stream).workspace_bytes
     print(f"memory: about {readable(kept)} for the way back of a batch")
-    print_time(seconds, stream.batch_size * model.shape.cells, "cell", model, trainer)
+    print_time(seconds_per_batch(model, stream), stream.batch_size * model.shape.cells, "cell", model, trainer)
     if not report.used.passed:
         verdict = f"OFF, though it claims to be the gradient through {rounds}{cached}"
     elif report.whole.exact:

@@ -16,10 +16,11 @@ from rtrl_moe_pl.cli.trial import (
     figure,
     first_steps,
     forecast_memory,
-    measure_reasoning,
+    forecast_reasoning,
     prepared,
     print_table,
     puzzles,
+    seconds_per_batch,
     seconds_per_step,
 )
 from rtrl_moe_pl.data import Batch, CurriculumDataModule
@@ -207,34 +208,37 @@ def forecast_puzzles(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {stream.batch_size} lanes x "
         f"{model.shape.cells} cells; {readable(allowed)} may be taken"
     )
-    found: dict[tuple[str, int], tuple[int, float]] = {}
+    needed: dict[tuple[str, int], Forecast] = {}
+    time: dict[tuple[str, int], float] = {}
+    ways = dict.fromkeys([*((mode, rounds) for mode in modes), (chosen, model.decoder.h_cycles)])
     try:
-        for mode, through in [*((mode, rounds) for mode in modes), (chosen, model.decoder.h_cycles)]:
-            model.mode, model.decoder.grad_cycles = mode, through  # type: ignore[assignment]
-            if (mode, through) not in found:
-                found[mode, through] = measure_reasoning(model, stream)
+        for way in tqdm(ways, "timing", leave=False, disable=None):
+            model.mode, model.decoder.grad_cycles = way  # type: ignore[assignment]
+            needed[way] = forecast_reasoning(model, stream)
+            if needed[way].workspace_bytes <= allowed:
+                time[way] = seconds_per_batch(model, stream)
     finally:
         model.mode, model.decoder.grad_cycles = chosen, rounds
     rows = [
         (
-            ("* " if (mode, through) == (chosen, rounds) else "  ") + mode,
-            f"{through} of {model.decoder.h_cycles}",
-            readable(kept),
-            figure(1e3 * seconds),
-            figure(1e6 * seconds / (stream.batch_size * model.shape.cells)),
-            "" if kept <= allowed else f"does not fit in {readable(allowed)}",
+            ("* " if way == (chosen, rounds) else "  ") + way[0],
+            f"{way[1]} of {model.decoder.h_cycles}",
+            readable(needed[way].workspace_bytes),
+            figure(1e3 * time[way]) if way in time else "",
+            figure(1e6 * time[way] / (stream.batch_size * model.shape.cells)) if way in time else "",
+            "" if way in time else f"not run: does not fit in {readable(allowed)}",
         )
-        for (mode, through), (kept, seconds) in found.items()
+        for way in ways
     ]
     print_table(("mode", "rounds differentiated", "for the way back", "ms a batch", "us a cell", ""), rows)
     print("* configured; measured here, now, without the optimizer's step")
-    mode = chosen if chosen != "cached" else "re_encode"
-    kept, seconds = found[mode, rounds]
-    if kept > allowed:
-        lanes = stream.batch_size * allowed // kept
-        print(f"recommended: {mode} with data.batch_size at most {lanes}: what the way back takes grows with the lanes")
+    best, cached = (chosen if chosen != "cached" else "re_encode", rounds), ("cached", rounds)
+    if best not in time:
+        lanes = stream.batch_size * allowed // needed[best].workspace_bytes
+        fewer = f"{best[0]} with data.batch_size at most about {lanes}: what the way back takes grows with the lanes"
+        print(f"recommended: {fewer if lanes else f'none fits in {readable(allowed)}: make the model smaller'}")
         return
     reason = "every lane's loss reaches the encoder"
-    if ("cached", rounds) in found:
-        reason += f", for {seconds / found['cached', rounds][1]:.1f} times the time of cached, in which few do"
-    print(f"recommended: {mode}: {reason}")
+    if cached in time:
+        reason += f", for {time[best] / time[cached]:.1f} times the time of cached, in which few do"
+    print(f"recommended: {best[0]}: {reason}")

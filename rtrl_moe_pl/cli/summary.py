@@ -15,8 +15,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.tensorboard.summary import hparams
 
 from rtrl_moe_pl.cli.folders import discard_unused, is_fresh
-from rtrl_moe_pl.cli.trial import of_batches
+from rtrl_moe_pl.cli.trial import forecast_reasoning, of_batches
+from rtrl_moe_pl.data.puzzles import PuzzleStream
 from rtrl_moe_pl.gradients.memory import readable
+from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
 from rtrl_moe_pl.training import NumericalFailure
 
 CONFIG = "rtrl_moe_pl_config"  # in a checkpoint
@@ -31,10 +33,11 @@ class SaveConfig(SaveConfigCallback):
 
     When a fit begins, TensorBoard gets the configuration as hyperparameters, with the last value of
     ``checkpoint.monitor`` as their metric, and a text: model, gradient, forecast memory and cost; when figures are
-    logged for the second time, the measured time a token too. Other loggers are left alone.
+    logged for the second time, the measured time too. Other loggers are left alone.
     """
 
     _writers: Sequence[Any] = ()  # TensorBoard's; of rank 0
+    _lines: dict[str, str] | None = None  # of the text; None before training
     _looks = 0
     _own = False  # whether all files beside the logs are of this run
 
@@ -61,23 +64,27 @@ class SaveConfig(SaveConfigCallback):
             # its last value is looked up among the scalars of that name; as an own point it would be a false one
             for part in hparams(hyperparameters(self.config), {monitor: 0.0} if monitor else {}):
                 writer._get_file_writer().add_summary(part, 0)
-        self._show(summary(trainer, pl_module), 0)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # as LightningCLI itself, for any jsonargparse 4
             checkpoint[CONFIG] = self.parser.dump(self.config, skip_none=False)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._writers and self._lines is None:
+            self._lines = summary(trainer, pl_module, batch)
+            self._show(self._lines, 0)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         module: Any = pl_module
-        if self._writers and self._looks < 2 and module.logs_now():
+        if self._lines and self._looks < 2 and module.logs_now():
             self._looks += 1
-            speed = module.figures.get("train/tokens_per_second")
-            if self._looks == 2 and speed:  # the first has the time of getting ready in it
-                done = trainer.fit_loop.total_batch_idx + 1
-                self._show({**summary(trainer, module), "measured": f"{1e6 / speed:.3g} us a token"}, done)
+            speeds = {what: module.figures.get(f"train/{what}s_per_second") for what in ("token", "puzzle")}
+            measured = [f"{1e6 / speed:.3g} us a {what}" for what, speed in speeds.items() if speed]
+            if self._looks == 2 and measured:  # the first has the time of getting ready in it
+                self._show({**self._lines, "measured": measured[0]}, trainer.fit_loop.total_batch_idx + 1)
 
     def _show(self, lines: dict[str, str], step: int) -> None:
         table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in lines.items())])
@@ -98,8 +105,14 @@ def hyperparameters(config: Namespace) -> dict[str, bool | int | float | str]:
     return flat
 
 
-def summary(trainer: Trainer, module: Any) -> dict[str, str]:
-    """Model, numbers of parameters, and, of a SequenceModule, gradient, forecast memory and cost."""
+def summary(trainer: Trainer, module: Any, batch: Any) -> dict[str, str]:
+    """Model, numbers of parameters, gradient, and forecast memory and cost where they are known.
+
+    Args:
+        batch: the first.
+
+    Cost: of a ReasoningModule a few training steps of one and two lanes, of a copy; of other modules nothing is run.
+    """
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     total = sum(p.numel() for p in module.parameters())
     children = [(name, part) for name, part in module.named_children() if any(True for _ in part.parameters())]
@@ -107,13 +120,26 @@ def summary(trainer: Trainer, module: Any) -> dict[str, str]:
         "model": f"{type(module).__name__}: {', '.join(f'{name} {type(part).__name__}' for name, part in children)}",
         "parameters": f"{total:,}" + ("" if trained == total else f", {trained:,} of them trained"),
     }
-    gradient, data = getattr(module, "gradient", None), getattr(trainer, "datamodule", None)
-    if gradient is None:
-        return lines
-    lines["gradient"] = f"{gradient!r}, {'exact' if gradient.exact else 'approximate'}"
+    if isinstance(module, SequenceModule):
+        lines |= _of_sequences(module, getattr(trainer, "datamodule", None))
+    elif isinstance(module, ReasoningModule) and isinstance(batch, PuzzleStream):
+        cut = f"{module.decoder.grad_cycles} of {module.decoder.h_cycles} rounds of a supervision step"
+        lines["gradient"] = f"{module.mode}, through {cut}"
+        forecast = forecast_reasoning(module, batch)
+        lines["forecast memory"] = (
+            f"about {readable(forecast.workspace_bytes)} for the way back ({batch.batch_size} lanes, "
+            f"{module.shape.cells} cells)"
+        )
+        lines["forecast cost"] = f"{forecast.operations_per_token:.3g} operations a cell"
+    return lines
+
+
+def _of_sequences(module: SequenceModule, data: Any) -> dict[str, str]:
+    gradient = module.gradient
+    lines = {"gradient": f"{gradient!r}, {'exact' if gradient.exact else 'approximate'}"}
     lanes, steps = getattr(data, "batch_size", None), getattr(data, "steps_per_batch", None)
     if getattr(data, "layout", None) == "sequences":
-        steps = data.training_task.max_length  # type: ignore[union-attr]
+        steps = data.training_task.max_length
     if isinstance(lanes, int) and isinstance(steps, int):
         forecast = of_batches(gradient, module, lanes, steps, getattr(data, "layout", None) == "stream")
         lines["forecast memory"] = (

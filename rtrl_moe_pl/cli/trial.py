@@ -9,6 +9,7 @@ from itertools import cycle, islice
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.flop_counter import FlopCounterMode
 
 from rtrl_moe_pl.data import Batch
 from rtrl_moe_pl.data.batch import joined
@@ -151,19 +152,35 @@ def repeated(run: Any) -> float:
     return statistics.median(found)
 
 
-def measure_reasoning(model: ReasoningModule, stream: PuzzleStream) -> tuple[int, float]:
-    """Bytes that autograd keeps of a batch in which every lane begins, and seconds a batch.
+def forecast_reasoning(model: ReasoningModule, stream: PuzzleStream) -> Forecast:
+    """What autograd keeps of a batch in which every lane begins, as far as one and two lanes tell, and its operations.
 
-    The time is the mean over as many batches as the longest puzzle has: in mode "cached" few of them encode.
+    Returns:
+        ``workspace_bytes``; and ``operations_per_token``, of a lane's batch for each of its cells.
     """
+
+    def trial(lanes: int) -> TrialRun:
+        found = TrialRun(model, PuzzleStream(stream.task, stream.seed, lanes, device=stream.device))
+        found.model._carry = None  # which other lanes go on with
+        return found
+
+    one, two = (graph_bytes(trial(lanes).step) for lanes in (1, 2))
+    with FlopCounterMode(display=False) as counter:
+        trial(1).step()
+    operations = counter.get_total_flops() / model.shape.cells
+    return Forecast(0, one + (stream.batch_size - 1) * (two - one), operations)
+
+
+def seconds_per_batch(model: ReasoningModule, stream: PuzzleStream) -> float:
+    """The mean over as many batches as the longest puzzle has: in mode "cached" few of them encode."""
     trial = TrialRun(model, stream)
-    kept = graph_bytes(trial.step)
+    trial.step()
     began, done = time.perf_counter(), 0
     while done < model.halting.max_steps and (done == 0 or time.perf_counter() - began < LONGEST):
         trial.step()
         done += 1
         next(iter(trial.grads.values())).sum().item()  # waits for the device
-    return kept, (time.perf_counter() - began) / done
+    return (time.perf_counter() - began) / done
 
 
 def figure(value: float) -> str:

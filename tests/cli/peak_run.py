@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rtrl_moe_pl.cells import GRU, RecurrentMoE, Stack
-from rtrl_moe_pl.cli.trial import forecast_memory, measure_reasoning
+from rtrl_moe_pl.cli.trial import forecast_memory, forecast_reasoning
 from rtrl_moe_pl.data import Batch
 from rtrl_moe_pl.gradients import BPTT, RTRL, BlockRTRL, GradientAlgorithm, LazyExpertRTRL
 from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
@@ -69,7 +69,7 @@ def of_puzzles() -> tuple[int, int]:
     trial, before = model(48, 128), peak()
     trial.step()
     measured = peak() - before
-    return measure_reasoning(trial.model, trial.stream)[0], measured
+    return forecast_reasoning(trial.model, trial.stream).workspace_bytes, measured
 
 
 def measure(case: str) -> tuple[int, int]:

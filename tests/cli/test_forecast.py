@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rtrl_moe_pl.cli import forecast as command
 from rtrl_moe_pl.cli import trial
@@ -19,6 +20,10 @@ from rtrl_moe_pl.data import Batch
 from rtrl_moe_pl.gradients import BPTT, RTRL, TBPTT, Forecast, GradientAlgorithm, graph_bytes
 from rtrl_moe_pl.gradients.graph_memory import RECORD_BYTES
 from rtrl_moe_pl.modules import SequenceModule
+from rtrl_moe_pl.modules.reasoning_audit import TrialRun
+from rtrl_moe_pl.reasoning.etrm import Mode
+from tests.modules.reasoning_helpers import data as reasoning_data
+from tests.modules.reasoning_helpers import module as reasoning_module
 from tests.test_cli import here, python, run  # noqa: F401
 from tests.test_reasoning_cli import run as run_puzzles
 
@@ -217,9 +222,24 @@ def test_puzzles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert part in shown
     assert run_puzzles("forecast", "--memory", "1e-6") == 0
     shown = capsys.readouterr().out
-    assert "does not fit in 1 kB" in shown
-    assert "recommended: re_encode with data.batch_size at most " in shown
+    assert shown.count("not run: does not fit in 1 kB") == 3
+    assert shown.endswith("recommended: none fits in 1 kB: make the model smaller\n")
+    assert run_puzzles("forecast", "--memory", "4e-4") == 0
+    shown = capsys.readouterr().out
+    assert "recommended: re_encode with data.batch_size at most about " in shown
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["re_encode", "cached"])
+def test_the_forecast_of_puzzles_from_two_lanes_is_that_of_all(mode: Mode) -> None:
+    """Operations: those that torch counts of all lanes together."""
+    stream: Any = reasoning_data(batch_size=24).on_after_batch_transfer("train", 0)
+    trial_run = TrialRun(reasoning_module(mode=mode), stream)
+    found = trial.forecast_reasoning(trial_run.model, trial_run.stream)
+    with FlopCounterMode(display=False) as counter:
+        kept = graph_bytes(trial_run.step)
+    assert found.total_bytes == pytest.approx(kept, rel=0.02)
+    assert found.operations_per_token * 24 * trial_run.model.shape.cells == pytest.approx(counter.get_total_flops())
 
 
 @pytest.mark.parametrize(
