@@ -84,6 +84,13 @@ def test_fit_writes_logs_and_checkpoints(here: Path) -> None:
     assert checkpoint(version / "checkpoints/last.ckpt")["global_step"] == 10
 
 
+def test_nothing_is_recommended_or_left_empty(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run("fit", "--trainer.max_steps", "1") == 0
+    assert "GPU available" in caplog.text  # Lightning's messages are there
+    assert "litlogger" not in caplog.text
+    assert not list(here.rglob("hparams.yaml"))
+
+
 def test_last_is_the_newest_whatever_the_accuracy(here: Path) -> None:
     """With one callback for both, last.ckpt would stay at the best."""
     assert run("fit", "--model.optimizer.lr", "0", "--trainer.max_steps", "12") == 0  # no validation is better

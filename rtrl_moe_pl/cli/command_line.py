@@ -26,7 +26,7 @@ from rtrl_moe_pl.cli.config_files import ConfigParser
 from rtrl_moe_pl.cli.diagnosis import DiagnosisTrainer
 from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
 from rtrl_moe_pl.cli.processes import LAST, count_processes, require_all, require_strategy, resolve_last
-from rtrl_moe_pl.cli.streams import printed, warnings_in_one_line
+from rtrl_moe_pl.cli.streams import printed, warnings_in_one_line, without_tips
 from rtrl_moe_pl.cli.summary import SaveConfig
 from rtrl_moe_pl.cli.tf32 import set_tf32, tf32_restored
 from rtrl_moe_pl.modules import (
@@ -263,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     for ignored in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{ignored}")
+    without_tips()
     with warnings_in_one_line():
         status = _run(arguments, debug)
     os.environ.pop(LAST, None)  # was for the processes of this run

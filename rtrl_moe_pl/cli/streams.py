@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -19,6 +20,17 @@ def warnings_in_one_line() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
+
+
+def without_tips() -> None:
+    """Lightning recommends another product in every run; nobody who reads a run's messages asked for it."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if _is_no_tip not in log.filters:
+        log.addFilter(_is_no_tip)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 def _one_line(message: Warning | str, *place: Any) -> str:

@@ -24,3 +24,8 @@ class RunLogger(TensorBoardLogger):
             except FileExistsError:
                 continue
             return number
+
+    @rank_zero_only
+    def save(self) -> None:
+        if self.hparams:  # else an empty hparams.yaml, beside config.yaml, which has them all
+            super().save()
