@@ -25,7 +25,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.common import ratio, write
-from rtrl_moe_pl.cli.command_line import WATCHES, main
+from rtrl_moe_pl.cli.command_line import main
+from rtrl_moe_pl.cli.run_callbacks import WATCHES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BATCHES = 20  # of an epoch

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[attr-defined]
 
 from rtrl_moe_pl.cli import main
-from rtrl_moe_pl.cli.command_line import WATCHES, CommandLine
+from rtrl_moe_pl.cli.command_line import CommandLine
+from rtrl_moe_pl.cli.run_callbacks import WATCHES
 from rtrl_moe_pl.modules import TrainingWarning
 from tests.test_cli import here, python, run  # noqa: F401  # a fixture
 from tests.test_configs import CONFIGS, NAMES, load

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -25,23 +24,16 @@ from rtrl_moe_pl.cli.checks import check_classes, check_options
 from rtrl_moe_pl.cli.config_files import ConfigParser
 from rtrl_moe_pl.cli.diagnosis import DiagnosisTrainer
 from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
-from rtrl_moe_pl.cli.processes import LAST, count_processes, require_all, require_strategy, resolve_last
+from rtrl_moe_pl.cli.processes import LAST, require_no_restart, resolve_last, strategy_of, without_requeueing
+from rtrl_moe_pl.cli.run_callbacks import callbacks_of
 from rtrl_moe_pl.cli.streams import printed, warnings_in_one_line, without_tips
 from rtrl_moe_pl.cli.summary import SaveConfig
 from rtrl_moe_pl.cli.tf32 import set_tf32, tf32_restored
-from rtrl_moe_pl.modules import (
-    GrowthWatch,
-    IdleWatch,
-    ManualModule,
-    ReasoningModule,
-    StalenessWatch,
-    UpdateSizeWatch,
-)
+from rtrl_moe_pl.modules import ManualModule, ReasoningModule
 from rtrl_moe_pl.modules.base import refuse_half
 from rtrl_moe_pl.modules.optimization import require_updates
 from rtrl_moe_pl.modules.pretrained import load_pretrained
-from rtrl_moe_pl.modules.puzzle_writer import PuzzleWriter
-from rtrl_moe_pl.training.callbacks import Bar, BestCheckpoint, PredictionWriter
+from rtrl_moe_pl.training.callbacks import BestCheckpoint
 from rtrl_moe_pl.training.checkpoints import require_readable, require_writable
 from rtrl_moe_pl.training.last_checkpoint import Interrupted, LastCheckpoint
 from rtrl_moe_pl.training.run_folder import RunLogger
@@ -58,6 +50,7 @@ IGNORED_WARNINGS = (
     "Using ModelCheckpoint with manual optimization",
     "could not find the monitored key",
     "Be aware that when using `ckpt_path`",
+    "torch.distributed.nn.functional.all_gather is deprecated",
 )
 LINKS = (
     ("data.input_size", "model.init_args.cell.init_args.input_size"),
@@ -65,7 +58,6 @@ LINKS = (
     ("data.output_size", "model.init_args.readout.init_args.output_size"),
     ("data.shape", "model.init_args.shape"),
 )
-WATCHES = (GrowthWatch, IdleWatch, UpdateSizeWatch, StalenessWatch)  # at most 3 % of a step together
 UNREAD = 128 + 13  # what a shell says of a process that was ended by SIGPIPE
 MOST_THREADS = 1024  # a slip of the keyboard starts no million of them
 WRITING = ("fit", "validate", "test", "predict")  # audit and forecast write nothing
@@ -82,7 +74,7 @@ class CommandLine(LightningCLI):
             LightningDataModule,
             save_config_callback=SaveConfig,
             trainer_class=DiagnosisTrainer,
-            trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
+            trainer_defaults={"log_every_n_steps": 10},
             seed_everything_default=0,
             parser_class=ConfigParser,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
@@ -143,6 +135,8 @@ class CommandLine(LightningCLI):
                 require_writable(Path(root))
             if config.ckpt_path == "last":
                 config.ckpt_path = resolve_last(Path(root), resumable=self.config.subcommand == "fit")
+            elif config.ckpt_path is None and self.config.subcommand == "fit":
+                require_no_restart()
             elif config.ckpt_path is not None and "://" not in config.ckpt_path:
                 require_readable(Path(config.ckpt_path))
 
@@ -226,27 +220,16 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.config.subcommand]
-        given = config.trainer.callbacks or []
-        callbacks = [given] if isinstance(given, Callback) else list(given)
-        if config.warnings and self.config.subcommand == "fit":
-            callbacks += [watch() for watch in WATCHES if not any(isinstance(c, watch) for c in callbacks)]
-        if config.trainer.enable_checkpointing is not False:
-            callbacks += [config.checkpoint, config.last_checkpoint]
-        if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(Bar(refresh_rate=10))  # the same bar in every environment
-        if self.config.subcommand == "predict":
-            callbacks.append(PuzzleWriter() if isinstance(self.model, ReasoningModule) else PredictionWriter())
-        processes = count_processes(config.trainer)
-        require_all(processes)
-        if processes > 1 and config.trainer.strategy == "auto":
-            kwargs["strategy"] = "broadcast"
-        else:
-            require_strategy(config.trainer.strategy, processes)  # before any process is started
+        kwargs["callbacks"] = callbacks_of(config, self.config.subcommand, cast(ManualModule, self.model))
+        kwargs["plugins"] = without_requeueing(config.trainer.plugins)
+        strategy = strategy_of(config.trainer)
+        if strategy is not None:
+            kwargs["strategy"] = strategy
         if config.trainer.logger in (None, True):
             root = config.trainer.default_root_dir or os.getcwd()
             kwargs["logger"] = RunLogger(root)
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+            return super().instantiate_trainer(**kwargs)
         except Exception as error:
             raise ValueError(of_trainer(str(error), self.config[self.config.subcommand].trainer)) from error
 
@@ -276,8 +259,8 @@ def _run(arguments: list[str], debug: bool) -> int:
             return CommandLine(arguments).status
     except SIGTERMException:  # before training, or without checkpoints
         return 128 + signal.SIGTERM
-    except SystemExit as stop:  # --help, --print_config
-        return int(stop.code or 0)
+    except SystemExit as stop:  # --help, --print_config; Lightning's, after a KeyboardInterrupt
+        return 130 if isinstance(stop.__context__, KeyboardInterrupt) else int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
     except Interrupted as stop:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
@@ -53,6 +54,16 @@ def count_processes(trainer: Any) -> int:
     return count * trainer.num_nodes
 
 
+def strategy_of(trainer: Any) -> str | None:
+    """The strategy that trains right with as many processes; None if one is given that does."""
+    processes = count_processes(trainer)
+    require_all(processes)
+    if processes > 1 and trainer.strategy == "auto":
+        return "broadcast"
+    require_strategy(trainer.strategy, processes)  # before any process is started
+    return None
+
+
 def require_strategy(strategy: object, processes: int) -> None:
     """Refuse strategies, by object or name, that are not known to train right with so many processes."""
     require_broadcast(strategy, processes)
@@ -79,4 +90,23 @@ def require_all(processes: int) -> None:
         raise ValueError(
             f"the environment has {given}, as of one process of several, but nothing has started the others: unset "
             "what is left there from elsewhere, or start all of them with torchrun or srun"
+        )
+
+
+def without_requeueing(plugins: Any) -> list[Any]:
+    """Plugins of a Trainer, on SLURM without its requeueing, which saves in the middle of an update, and whose
+    checkpoint the next fit of a job in that folder would go on from unasked."""
+    given = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in given):
+        given.append(SLURMEnvironment(auto_requeue=False))
+    return given
+
+
+def require_no_restart() -> None:
+    """Refuse to train from scratch where torchrun starts processes again by the same command."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count != "0":
+        raise ValueError(
+            f"torchrun has started this command again (TORCHELASTIC_RESTART_COUNT={count}), and without --ckpt_path it "
+            "would train from scratch: leave out --max_restarts, and go on with --ckpt_path last"
         )

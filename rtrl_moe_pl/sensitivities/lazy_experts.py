@@ -85,7 +85,7 @@ class LazyExpertSensitivity(Sensitivity):
         self._shared.advance(replace(linearization, terms=shared))
         jacobian = linearization.whole_transition(self.slot_size).transpose(1, 2).contiguous()  # [B, S, S]
         emptied = ~jacobian.flatten(1).any(1)  # lanes [B] that started
-        for block in experts.keys() - self.pools.keys():
+        for block in [name for name in experts if name not in self.pools]:  # in one order in every process
             self.pools[block] = ExpertPool(block, self.batch_size, self.state_size, jacobian, self.storage)
         for block, pool in self.pools.items():
             pool.drop(emptied)

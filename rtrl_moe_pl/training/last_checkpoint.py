@@ -125,12 +125,15 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
-        # An OSError may be a full disk, a KeyboardInterrupt is the second.
-        failed = isinstance(exception, NumericalFailure | Interrupted | OSError | KeyboardInterrupt)
+        failed = isinstance(exception, NumericalFailure | Interrupted | KeyboardInterrupt)  # the last is the second
         if not failed and trainer.world_size == 1 and trainer.training and _between_batches(trainer):
             loop: Any = trainer.fit_loop  # a batch that was taken and not trained on would be left out
             if loop._data_fetcher.fetched == loop.epoch_loop.batch_progress.current.ready:
-                self._save(trainer)
+                try:
+                    self._save(trainer)
+                except OSError:
+                    if not isinstance(exception, OSError):  # else perhaps of the same full disk
+                        raise
 
     def _save(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rtrl_moe_pl.cells import RecurrentMoE
+from rtrl_moe_pl.gradients import LazyExpertRTRL
 from rtrl_moe_pl.linearization import WindowLinearization
+from rtrl_moe_pl.linearization.window import Block
 from rtrl_moe_pl.sensitivities import LazyExpertSensitivity
 from tests.sensitivities.sensitivity_case import (
     BATCH,
@@ -32,6 +35,17 @@ def tensors(saved: Any) -> Iterator[Tensor]:
     elif isinstance(saved, dict | list):
         for value in saved.values() if isinstance(saved, dict) else saved:
             yield from tensors(value)
+
+
+@pytest.mark.parametrize("hashed", [lambda block: block.rows, lambda block: 8 - block.rows], ids=["up", "down"])
+def test_pools_have_one_order_in_every_process(monkeypatch: pytest.MonkeyPatch, hashed: Any) -> None:
+    """Not that of hashes of names: the sum over all would be rounded otherwise in the next process."""
+    monkeypatch.setattr(Block, "__hash__", hashed)
+    cell, gradient = RecurrentMoE(input_size=3, slot_size=4, num_slots=3, num_experts=5), LazyExpertRTRL(window=4)
+    memory, x = gradient.init(cell, 2), torch.randn(2, 40, 3)
+    gradient.run(cell, nn.Linear(12, 2), x, (x,), lambda outputs, _: outputs.square().sum(), memory, None)
+    influence: Any = memory.sensitivity
+    assert [block.members[0].name for block in influence.pools] == ["cell.router", "cell.expert_weight"]
 
 
 class LazyCase(SensitivityCase):

@@ -122,7 +122,6 @@ def fit(folder: Path, processes: int, maker: Maker, optimizer: Any, **options: A
         folder,
         devices=processes,
         strategy="broadcast" if processes > 1 else "auto",
-        use_distributed_sampler=False,
         callbacks=[figures, collectives],
         **{**defaults, **options},
     )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.data import AnBnDataModule
 from rtrl_moe_pl.modules import SequenceModule
-from rtrl_moe_pl.training.checkpoints import PER_RANK, newest_readable
+from rtrl_moe_pl.training.checkpoints import PER_RANK, DurableCheckpointIO, newest_readable
 from rtrl_moe_pl.training.last_checkpoint import SIGNALS, Interrupted, LastCheckpoint
 from tests.modules.helpers import data, module, trainer
 from tests.modules.test_resume import final
@@ -43,8 +44,8 @@ def tell(number: signal.Signals) -> Any:
     return lambda: os.kill(os.getpid(), number)
 
 
-def fail() -> None:
-    raise RuntimeError("something else")
+def fail(error: Exception | None = None) -> None:
+    raise error or RuntimeError("something else")
 
 
 def fit(folder: Path, *callbacks: Callback, resume: bool = False, **options: Any) -> tuple[Trainer, SequenceModule]:
@@ -116,6 +117,23 @@ def test_after_an_exception_the_last_whole_batch_is_kept(tmp_path: Path, hook: s
     with pytest.raises(RuntimeError, match="something else"):
         fit(tmp_path, At(batch, fail, hook), LastCheckpoint())
     assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == f"last-step{saved}-batch{saved}.ckpt"
+
+
+def test_an_error_of_a_connection_is_none_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is saved; where that fails too, the first error is the one that is told."""
+    with pytest.raises(ConnectionError, match="logger"):
+        fit(tmp_path, At(3, partial(fail, ConnectionError("the logger's server"))), LastCheckpoint())
+    assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == "last-step3-batch3.ckpt"
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no room for a checkpoint")
+
+    def then_full() -> None:
+        monkeypatch.setattr(DurableCheckpointIO, "save_checkpoint", full)
+        raise OSError("no room for a log")
+
+    with pytest.raises(OSError, match="for a log"):
+        fit(tmp_path / "full", At(3, then_full), LastCheckpoint())
 
 
 def test_an_error_while_a_batch_is_made_leaves_no_batch_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +214,16 @@ def test_a_signal_saves_and_gives_its_status(here: Path, number: signal.Signals,
     newest = newest_readable(here, resumable=True)
     assert len(list(newest.parent.glob(f"{newest.name}.rank*"))) == processes - 1
     assert main(["validate", "--config", "config.yaml", "--ckpt_path", "last"]) == 0
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_ctrl_c_outside_training_has_its_status_too(here: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    assert main(["fit", "--config", "config.yaml", "--trainer.max_steps", "1"]) == 0
+    step = {"fit": "validation_step", "predict": "predict_step"}[command]  # the check before training
+    monkeypatch.setattr(SequenceModule, step, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    assert main([command, "--config", "config.yaml", "--ckpt_path", "last"][: 3 if command == "fit" else 5]) == 130
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
 
 
 @pytest.mark.slow

@@ -130,7 +130,37 @@ def test_the_strategy_ddp_of_one_process_changes_nothing(here: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+# ---- a user's own data
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_rows_of_own_data_are_shared_out(here: Path) -> None:
+    """Each to one process: as Lightning does it, which leaves streams alone."""
+    model = CONFIG[: CONFIG.index("data:")]
+    (here / "config.yaml").write_text(model + "data: tests.training.own_rows.Rows\ntrainer: {accelerator: cpu}\n")
+    options = ("--trainer.devices=2", "--trainer.callbacks+=tests.training.own_rows.Seen")
+    done = start(*options, "--trainer.max_epochs=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = [set(Path(f"seen_{rank}.txt").read_text().split()) for rank in (0, 1)]
+    assert [len(rows) for rows in seen] == [12, 12]
+    assert not seen[0] & seen[1]
+
+
 # ---- torchrun
+
+
+def test_what_torchrun_starts_again_does_not_begin_from_scratch(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert fit() == 1
+    assert "(TORCHELASTIC_RESTART_COUNT=1), and without --ckpt_path it would train from" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert fit() == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert fit("--ckpt_path=last", "--trainer.max_steps=5") == 0
+    assert weights(".")[0] == 5
 
 
 @pytest.mark.slow
@@ -163,6 +193,7 @@ def test_slurm_starts_the_processes_and_a_run_goes_on_in_the_same_job(here: Path
             tasks = [pool.submit(srun, rank, port, arguments) for rank in (0, 1)]
         for task in tasks:
             assert task.result().returncode == 0, task.result().stderr[-3000:]
+            assert "requeueing" not in task.result().stderr  # Lightning's saves in the middle of an update
         assert weights(".")[0] == (5 if run else 3)
     assert sorted(path.name for path in Path("lightning_logs").iterdir()) == ["version_0", "version_1"]
 
