@@ -1,24 +1,33 @@
-"""Configuration files: an error names its file, and what YAML or the parser takes without a word is refused."""
+"""Configuration files and keys: errors name the file and what is near, and what YAML or the parser drops is refused."""
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentError, _SubParsersAction
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rtrl_moe_pl.cli.messages import CONFIG, one_line
 
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: --?([^\s=+]+)")
+_OF_CLASS = {"class_path", "init_args", "dict_kwargs", "<<"}
+
 
 class ConfigParser(LightningArgumentParser):
-    """Refuses keys that a file gives twice, of which the last would count, and unknown sections that are empty.
+    """Refuses keys that a file gives twice, of which the last would count, and unknown ones that are empty.
+
+    Unknown keys are told from those that are near, in files and on the command line alike.
 
     Raises:
         TypeError: in one line, with the file's name; jsonargparse makes an error of its own of it.
     """
+
+    _inner_parser = False  # jsonargparse's: whether it is of a class's options
 
     def parse_path(self, path: Any, *args: Any, **options: Any) -> Any:
         try:
@@ -39,12 +48,23 @@ class ConfigParser(LightningArgumentParser):
             self._require_known(root)
         return super().parse_string(content, *args, **options)
 
+    def parse_object(self, obj: Any, *args: Any, **options: Any) -> Any:
+        """Options of a class: one that is empty, and that the class does not have, would be dropped."""
+        if self._inner_parser and isinstance(obj, dict | Namespace):
+            known = {action.dest.partition(".")[0] for action in self._actions}
+            for key in obj.keys(branches=True) if isinstance(obj, Namespace) else obj:
+                if str(key).partition(".")[0] not in known and obj[key] in ({}, Namespace()):
+                    self.error(f"Option '{key}' is not accepted")  # in the parser's own words
+        return super().parse_object(obj, *args, **options)
+
+    def error(self, message: str, *args: Any) -> NoReturn:
+        if not self._inner_parser and (found := _UNRECOGNIZED.match(message)):
+            message = self._unknown(found[1])
+        super().error(message, *args)
+
     def _require_known(self, root: yaml.Node, path: str = "") -> None:
         """Raise ValueError for a key that is no option and no part of one; classes check what is below theirs."""
-        actions = self._actions
-        commands = [name for action in actions if isinstance(action, _SubParsersAction) for name in action.choices]
-        options = {action.dest for action in actions if not action.dest.endswith("help")}
-        options = {*options, *commands} - {"print_config", "subcommand"}
+        options = self._options()
         sections = {option.rpartition(".")[0] for option in options} - {""}
         for key, _, value in _entries(root):
             here = f"{path}{key}".rstrip("+")
@@ -52,14 +72,33 @@ class ConfigParser(LightningArgumentParser):
             if here in sections:
                 self._require_known(value, f"{here}.")
             elif not whole:
-                beside = sorted(option[len(path) :] for option in options if option.rpartition(".")[0] == path[:-1])
-                near = get_close_matches(key, beside)
-                fix = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(beside)}"
-                raise ValueError(f"unknown key {here}{' before the command' * bool(commands)}: {fix}")
+                raise ValueError(self._unknown(here))
+
+    def _options(self) -> set[str]:
+        actions = self._actions
+        commands = [name for action in actions if isinstance(action, _SubParsersAction) for name in action.choices]
+        options = {action.dest for action in actions if not action.dest.endswith("help")}
+        return {*options, *commands} - {"print_config", "print_shtab", "subcommand"}
+
+    def _unknown(self, key: str) -> str:
+        """What is said of a key that is no option: its first part that is none, and what it can have meant."""
+        options, path, beside = self._options(), "", set[str]()
+        for part in key.split("."):
+            beside = {option[len(path) :].partition(".")[0] for option in options if option.startswith(path)}
+            if part not in beside:
+                break
+            path = f"{path}{part}."
+        near = get_close_matches(part, sorted(beside))
+        fix = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(sorted(beside))}"
+        before = " before the command" if self._subparsers else ""
+        return f"unknown key {path}{part}{before}: {fix}"
 
 
-def require_plain(node: yaml.Node, above: tuple[yaml.Node, ...] = ()) -> None:
-    """Raise ValueError for a key that a mapping within a YAML text gives twice, and for what has itself within it."""
+def require_plain(node: yaml.Node, path: str = "", above: tuple[yaml.Node, ...] = ()) -> None:
+    """Raise ValueError for a key that a mapping within a YAML text gives twice, and for what has itself within it.
+
+    And for a key beside class_path that is not one of a class: the parser would take it for an option.
+    """
     if node in above:
         raise ValueError(f"line {node.start_mark.line + 1} has an alias of itself within it: write out what is meant")
     lines: dict[str, int] = {}
@@ -67,9 +106,13 @@ def require_plain(node: yaml.Node, above: tuple[yaml.Node, ...] = ()) -> None:
         if key in lines:
             raise ValueError(f"the key {key} is given twice, in line {lines[key]} and in line {line}: leave one out")
         lines[key] = line
-        require_plain(value, (*above, node))
+        here = path if key == "init_args" else f"{path}.{key}".lstrip(".")
+        require_plain(value, here, (*above, node))
+    if "class_path" in lines and (beside := [key for key in lines if key not in _OF_CLASS]):
+        fix = "did you mean init_args?" if get_close_matches(beside[0], ["init_args"]) else "options go into init_args"
+        raise ValueError(f"unknown key {path}{'.' * bool(path)}{beside[0]} beside class_path: {fix}")
     for item in node.value if isinstance(node, yaml.SequenceNode) else ():
-        require_plain(item, (*above, node))
+        require_plain(item, path, (*above, node))
 
 
 def _entries(node: yaml.Node) -> Iterator[tuple[str, int, yaml.Node]]:

@@ -11,6 +11,7 @@ from tests.bad_input.case import CONFIG, DENSE, Case, contents, refused, run, ta
 FILE = "--config config.yaml: "
 NO_MAPPING = f"{FILE}not a YAML mapping of keys to values: "
 NO_CLASS = "model.cell: needs the name of a class, or class_path and init_args and no other key, got {"
+MEANT, INTO = "beside class_path: did you mean init_args?", "beside class_path: options go into init_args"
 WITHOUT_TRAINER = CONFIG.split("trainer:")[0]
 
 
@@ -34,6 +35,15 @@ def cell(text: str) -> str:
         (CONFIG + "modle: {}\n", [f"{FILE}unknown key modle: did you mean model?"]),
         (CONFIG + "checkpoint: {key: {}}\n", [f"{FILE}unknown key checkpoint.key: give one of auto_insert_metric"]),
         (CONFIG + "3: 4\n", [f"{FILE}unknown key 3: give one of "]),
+        (CONFIG + "trainer.max_step: 4\n", [f"{FILE}unknown key trainer.max_step: did you mean max_steps or "]),
+        (CONFIG.replace("    gradient", "    foo: {}\n    gradient"), [f"{FILE}unknown key model.foo: SequenceModule"]),
+        (CONFIG.replace("{window: 4}", "{foo: {}}"), [f"{FILE}unknown key model.gradient.foo: RTRL takes window"]),
+        (CONFIG.replace("init_args: {w", "initargs: {w"), [f"{FILE}unknown key model.gradient.initargs {MEANT}"]),
+        (CONFIG.replace("  init_args:\n", "  initargs:\n"), [f"{FILE}unknown key model.initargs {MEANT}"]),
+        (
+            CONFIG + "  callbacks: [{class_path: EMA, decay: 1}]\n",
+            [f"{FILE}unknown key trainer.callbacks.decay {INTO}"],
+        ),
         (cell("{3: 4}"), [f"{FILE}model.cell: Key must be a string, got: 3"]),
         (CONFIG + "  max_steps: 3\n", [f"{FILE}the key max_steps is given twice, in line 13 and in line 17: leave"]),
         (CONFIG + "trainer: {}\n", [f"{FILE}the key trainer is given twice, in line 12 and in line 17"]),
@@ -46,7 +56,7 @@ def cell(text: str) -> str:
         (CONFIG.replace("{window: 4}", "{windows: 4}"), ["unknown key model.gradient.windows", "window"]),
         (CONFIG.replace("max_steps: 10", "max_steps: ten"), ["trainer.max_steps", "needs int", "ten"]),
         (CONFIG.replace("    gradient:", "    gradients:"), ["unknown key model.gradients", "gradient"]),
-        (cell("{class_path: GRU, hidden_size: 5}"), [NO_CLASS, "'hidden_size': 5"]),
+        (cell("{class_path: GRU, hidden_size: 5}"), [f"{FILE}unknown key model.cell.hidden_size {INTO}"]),
         (cell("{class_pth: GRU, init_args: {hidden_size: 5}}"), [NO_CLASS, "class_pth"]),
         (cell("{class_path: GRU, init_args: five}"), [NO_CLASS, "'init_args': 'five'"]),
         (cell("{class_path: 3}"), [NO_CLASS, "'class_path': 3"]),
@@ -114,7 +124,17 @@ CASES = [
         "none",
     ),
     Case("no name", ["--config"], ["--config: expected one argument"], config="none"),
-    Case("unknown option", ["--unknown_option", "x"], ["unknown key unknown_option"], config="none"),
+    Case("unknown option", ["--unknown_option", "x"], ["unknown key unknown_option: give one of "], config="none"),
+    Case("unknown option of a command", ["--memory"], ["unknown key memory: ", ", steps, tf32"], "audit"),
+    Case("unknown section", ["--dta.n_min", "3"], ["unknown key dta: did you mean data?"]),
+    Case("letter missing", ["--checkpoint.monitr=x"], ["unknown key checkpoint.monitr: did you mean monitor?"]),
+    Case(
+        "letter missing in a list",
+        ["--trainer.callback+=EMA"],
+        ["unknown key trainer.callback: did you mean callbacks"],
+    ),
+    Case("hyphen", ["--trainer.max-steps", "3"], ["unknown key trainer.max-steps: did you mean max_steps or "]),
+    Case("empty option of a class", ["--model.gradient.foo={}"], ["unknown key model.gradient.foo: RTRL takes window"]),
     Case("no option", ["10"], ["10 is no option: options begin with --"]),
     Case("several words", ["more", "words", "--trainer.max_steps=3"], ["more is no option: options begin with --"]),
     Case("no model", ["--model=null"], ["no model given"]),

@@ -51,7 +51,7 @@ CASES = [
     ),
     Case("barebones", ["--trainer.barebones=true"], ["trainer.barebones=true is not supported: it takes no logger, "]),
     Case("devices", ["--trainer.devices=9999"], ["trainer.devices=9999 is more than 8 processes for each of "]),
-    Case("abbreviation", ["--trainer.max_step=5"], ["unknown key trainer.max_step"]),
+    Case("abbreviation", ["--trainer.max_step=5"], ["unknown key trainer.max_step: did you mean max_steps or "]),
     Case("no devices", ["--trainer.devices="], ["trainer.devices: needs a number, a list of indices, or auto, got ''"]),
     Case("nodes", ["--trainer.num_nodes=0"], ["trainer.num_nodes: `num_nodes` must be a positive integer, but got 0"]),
     Case(
