@@ -24,6 +24,7 @@ _GIVEN = re.compile(r"Given value: (?:NestedArg\(key='[^']*', val='?(.*?)'?\)$|(
 _UNKNOWN = re.compile(
     r"Option '([^']+)' is not accepted|unrecognized arguments: -*([\w.]+)|not accept option '([^']+)'"
 )
+_ONE_OF_A_LIST = re.compile(r"Subtypes: \[list\[(\S+)\], <class '\1'>.*\s+Errors:\s+- (Expected a <class 'list'>)")
 _EXPECTED = re.compile(r"Expected (?:an? )?(?:<class '([^']+)'>|typing\.(\S.*?))(?:\. Got value: ?(.*))?$")
 _NO_OBJECT = re.compile(r"No module named|(?:module|type object) .*has no attribute|.*cannot import name")
 _NO_CLASS_GIVEN = re.compile(
@@ -109,6 +110,9 @@ def _sentence_of(text: str) -> str:
         return f"no {needed} given: name a configuration that has them, --config FILE"
     if not _TREE.search(text):
         return " ".join(text.split())
+    alone = _ONE_OF_A_LIST.search(text)
+    if alone:  # what was meant is the second branch
+        text = text.replace(alone[2], "Expected a <class 'NoneType'>", 1)
     keys: list[str] = []
     owner = given = None
     causes: list[str] = []
@@ -130,7 +134,8 @@ def _sentence_of(text: str) -> str:
         if not other and not _NOISE.match(line):
             causes.append(line)
     path = ".".join(CONFIG if key == "config" else key for key in keys)
-    return _sentence(path, causes, owner, given) or " ".join(text.split())
+    how = f"; --{path}+=NAME adds one, --{path}.OPTION sets what it takes" if alone else ""
+    return (_sentence(path, causes, owner, given) or " ".join(text.split())) + how
 
 
 def _sentence(path: str, causes: list[str], owner: str | None, given: str | None) -> str:

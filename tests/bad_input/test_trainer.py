@@ -111,6 +111,16 @@ CASES = [
         ["trainer.callbacks: needs the name of a class, ", "got [3]"],
     ),
     Case(
+        "a callback that is not added",
+        ["--trainer.callbacks", "Freeze"],
+        ["trainer.callbacks: part is missing: Freeze takes part, steps; --trainer.callbacks+=NAME adds one, "],
+    ),
+    Case(
+        "an unknown one that is not added",
+        ["--trainer.callbacks", "Freze"],
+        ["trainer.callbacks: there is no class Freze for it: give Accuracy", "; --trainer.callbacks+=NAME adds one, "],
+    ),
+    Case(
         "tuner",
         ["--trainer.callbacks+=BatchSizeFinder"],
         ["trainer.callbacks: BatchSizeFinder does not work with hand-written"],
