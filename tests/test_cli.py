@@ -288,7 +288,10 @@ def test_two_processes_equal_one_with_the_double_batch(here: Path, capsys: pytes
 
     alone_again = ("--data.batch_size", "4", "--trainer.default_root_dir", "two", "--ckpt_path", "last")
     assert run("fit", *alone_again, "--trainer.max_steps", "12") == 1
-    assert "error: the checkpoint was written by 2 processes, but 1 are running" in capsys.readouterr().err
+    assert (
+        "error: --ckpt_path: the checkpoint was written by 2 processes, but 1 are running: set trainer.devices"
+        in capsys.readouterr().err
+    )
 
     shard_of(folder / "last.ckpt", 1).unlink()
     again = ("--ckpt_path", str(folder / "last.ckpt"))

@@ -39,7 +39,7 @@ def test_a_pretrained_model_of_another_architecture_is_refused_by_the_name_of_th
     fitted: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = ["fit", *COMMON, "--model.pretrained", last(fitted), "--model.decoder.l_cycles=3"]
-    refused(capsys, other, ["model.pretrained is of another architecture: decoder.l_cycles is 2 there and 3 here"])
+    refused(capsys, other, ["model.pretrained is of another architecture ", ": decoder.l_cycles is 2 there and 3 here"])
 
 
 def test_resuming_with_another_optimizer_is_refused(

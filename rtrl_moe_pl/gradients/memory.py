@@ -116,7 +116,7 @@ class Memory:
         algorithm = saved.get("algorithm", self.base.algorithm)
         if algorithm != self.base.algorithm:
             raise ValueError(
-                f"the saved influence is that of {algorithm}, this run's is of {self.base.algorithm}: resume "
+                f"the saved influence is that of {algorithm}, the one configured is of {self.base.algorithm}: resume "
                 "with the algorithm it was saved with"
             )
         if saved["state"].shape != self.state.shape:

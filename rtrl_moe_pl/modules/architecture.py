@@ -24,7 +24,7 @@ def architecture_of(module: nn.Module) -> dict[str, str]:
 
 
 def check_architecture(
-    module: nn.Module, checkpoint: Mapping[str, Any], part: str = "", what: str = "the checkpoint"
+    module: nn.Module, checkpoint: Mapping[str, Any], part: str = "", what: str = "--ckpt_path: the checkpoint"
 ) -> None:
     """Compare a checkpoint's parameters with the module's.
 
@@ -51,4 +51,7 @@ def check_architecture(
         if ours.get(name) != saved.get(name)
     ]
     if differing:
-        raise ValueError(f"{what} is of another architecture: {some(differing)}; use the model it was made with")
+        raise ValueError(
+            f"{what} is of another architecture than the model configured here: {some(differing)}; configure the model "
+            "it was made with, which is in the config.yaml of its run"
+        )

@@ -161,7 +161,10 @@ class SequenceModule(ManualModule):
         if memory is None:
             memory = self.gradient.init(self.cell, lanes)
             if self._restored is not None and not whole:
-                memory.load_state_dict(self._restored)
+                try:
+                    memory.load_state_dict(self._restored)
+                except ValueError as error:
+                    raise ValueError(f"--ckpt_path: {error} (compare the config.yaml of its run)") from error
             self._restored = None
         elif whole:
             memory.reset()

@@ -24,8 +24,8 @@ def require_same_processes(saved: dict[str, Any], running: int) -> None:
     """Refuse to take up lanes, or sums of gradients, that were spread over another number of processes."""
     if saved["world_size"] != running and (saved["carry"] is not None or saved["sums"]["batches"]):
         raise ValueError(
-            f"the checkpoint was written by {saved['world_size']} processes, but {running} are running: use as many "
-            "trainer.devices, whose lanes it continues"
+            f"--ckpt_path: the checkpoint was written by {saved['world_size']} processes, but {running} are running: "
+            f"set trainer.devices (times trainer.num_nodes) to {saved['world_size']}, whose lanes it continues"
         )
 
 
@@ -130,7 +130,9 @@ class BroadcastStrategy(DDPStrategy):
             if not self.is_global_zero and checkpoint[PER_RANK]["world_size"] == self.world_size:
                 shard = shard_of(checkpoint_path, self.global_rank)
                 if not shard.is_file():
-                    raise FileNotFoundError(f"{shard} is missing: it holds the carry of rank {self.global_rank}")
+                    raise FileNotFoundError(
+                        f"--ckpt_path: {shard} is missing: it holds the carry of rank {self.global_rank}"
+                    )
                 checkpoint[PER_RANK] = torch.load(shard, map_location="cpu", weights_only=True)[PER_RANK]
         return checkpoint
 

@@ -109,7 +109,7 @@ def test_of_the_newest_that_is_damaged_the_one_before_is_taken(there: Path, caps
     assert "sequence.ckpt" in capsys.readouterr().out
 
 
-OTHER = "the checkpoint is of another architecture: "
+OTHER = "--ckpt_path: the checkpoint is of another architecture than the model configured here: "
 MORE = "--trainer.max_steps=6"
 
 
@@ -174,7 +174,7 @@ MORE = "--trainer.max_steps=6"
             "fit",
             "moe",
             ["--ckpt_path=moe.ckpt", "--model.gradient=RTRL", MORE],
-            ["the saved influence is that of LazyExpertRTRL, this run's is of RTRL: resume with the algorithm"],
+            ["--ckpt_path: the saved influence is that of LazyExpertRTRL, the one configured is of RTRL: resume with"],
         ),
         (
             "fit validate test predict",

@@ -155,7 +155,7 @@ def test_a_norm_counts_a_bank_once(algorithm: BlockRTRL) -> None:
 
 @pytest.mark.parametrize("saved", [RTRL(window=2), LazyExpertRTRL(window=2), TBPTT(window=2)])
 def test_another_algorithm_does_not_go_on(idle: Problem, saved: Any) -> None:
-    message = f"the saved influence is that of {type(saved).__name__}, this run's is of BlockRTRL: resume with"
+    message = f"the saved influence is that of {type(saved).__name__}, the one configured is of BlockRTRL: resume with"
     with pytest.raises(ValueError, match=message):
         BlockRTRL(window=2).init(idle.cell, 3).load_state_dict(saved.init(idle.cell, 3).state_dict())
 

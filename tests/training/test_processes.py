@@ -316,7 +316,10 @@ def test_lanes_that_go_on_need_as_many_processes(here: Path) -> None:
     assert fit() == 0
     done = start(*TWO, "--ckpt_path", "last", "--trainer.max_steps", "6")
     assert done.returncode == 1
-    assert "error: the checkpoint was written by 1 processes, but 2 are running: use as many" in done.stderr
+    assert (
+        "error: --ckpt_path: the checkpoint was written by 1 processes, but 2 are running: set trainer.devices"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
