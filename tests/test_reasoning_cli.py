@@ -190,7 +190,12 @@ CASES: list[tuple[str, str, list[str], list[str]]] = [
         ["data.family: needs one of 'colors', 'flips', 'colors_and_flips', 'pattern', got shapes"],
     ),
     ("no pretrained model", "fit", ["--model.pretrained=gone.ckpt"], ["model.pretrained: there is no file gone.ckpt"]),
-    ("a pretrained model that is none", "fit", ["--model.pretrained=question.json"], ["model.pretrained", "corrupt"]),
+    (
+        "a pretrained model that is none",
+        "fit",
+        ["--model.pretrained=question.json"],
+        ["model.pretrained", "is no checkpoint"],
+    ),
     (
         "unknown source",
         "fit",

@@ -155,6 +155,10 @@ def _fault(path: Path, needed: Sequence[str]) -> str | None:
 def _read(path: Path) -> Any:
     """What a file of torch holds; in words, what is wrong with it."""
     try:
+        with path.open("rb") as file:
+            begins = file.read(2)
+        if begins != b"PK":  # as every archive of torch.save, also one that is cut short
+            return "is no checkpoint of a training: torch.save has not written it" if begins else "is an empty file"
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         damaged = None if zipfile.ZipFile(path).testzip() is None else "its checksum is wrong"
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:

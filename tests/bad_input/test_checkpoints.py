@@ -68,7 +68,7 @@ def folder(path: Path) -> None:
     path.mkdir()
 
 
-CORRUPT = "is truncated or corrupt"
+CORRUPT, NONE = "is truncated or corrupt", "is no checkpoint of a training: torch.save has not written it"
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ CORRUPT = "is truncated or corrupt"
     [
         pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-1000]), CORRUPT, id="truncated"),
         pytest.param(flipped, CORRUPT, id="one byte"),
-        pytest.param(lambda path: path.write_bytes(b""), CORRUPT, id="empty"),
-        pytest.param(lambda path: path.write_text("state_dict" * 1000), CORRUPT, id="text"),
-        pytest.param(lambda path: path.write_bytes(pickle.dumps({"state_dict": {}})), CORRUPT, id="pickle"),
+        pytest.param(lambda path: path.write_bytes(b""), "is an empty file", id="empty"),
+        pytest.param(lambda path: path.write_text("state_dict" * 1000), NONE, id="text"),
+        pytest.param(lambda path: path.write_bytes(pickle.dumps({"state_dict": {}})), NONE, id="pickle"),
         pytest.param(lambda path: torch.save({"state_dict": {}, "at": Path()}, path), CORRUPT, id="objects"),
         pytest.param(archived, CORRUPT, id="archive"),
         pytest.param(folder, "is a folder", id="folder"),
@@ -204,7 +204,7 @@ MORE = "--trainer.max_steps=6"
             "fit validate",
             "reasoning",
             ["--model.pretrained=config.yaml"],
-            ["model.pretrained: config.yaml is truncated or corrupt"],
+            [f"model.pretrained: config.yaml {NONE}; the newest whole one beside it is "],
         ),
         (
             "predict",
