@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Timer
 
 from rtrl_moe_pl.cells.base import at_least
@@ -35,6 +36,16 @@ def check_options(config: Namespace) -> None:
         raise ValueError("trainer.barebones=true is not supported: it takes no logger, checkpoints or callbacks")
     if str(trainer.precision).startswith("transformer-engine"):
         one_of(PRECISIONS, "trainer.precision", trainer.precision)
+    if isinstance(trainer.accelerator, str):
+        present = [name for name, held in AcceleratorRegistry.items() if held["accelerator"].is_available()]
+        present += ["gpu"] * bool({"cuda", "mps"} & {*present})
+        one_of(("auto", *sorted(present)), "trainer.accelerator (of this machine)", trainer.accelerator)
+    for name in (
+        "val_check_interval",
+        "overfit_batches",
+        *(f"limit_{kind}_batches" for kind in ("train", "val", "test", "predict")),
+    ):
+        _refuse_no_part(f"trainer.{name}", trainer[name])
     at_least(0, "trainer.log_every_n_steps", trainer.log_every_n_steps)
     at_least(-1, "trainer.num_sanity_val_steps", trainer.num_sanity_val_steps or 0)
     for name in ("val_check_interval", "check_val_every_n_epoch"):
@@ -67,6 +78,15 @@ def check_classes(model: Namespace, data: str) -> None:
         raise ValueError(f"data: SequenceModule reads sequences, got puzzles of {classes[1].__name__}")
     if issubclass(classes[0], ReasoningModule) and not (puzzles or hasattr(classes[1], "shape")):
         raise ValueError(f"data: ReasoningModule needs a PuzzleDataModule, got {classes[1].__name__}")
+
+
+def _refuse_no_part(option: str, given: Any) -> None:
+    """Raise ValueError for what is neither a number of batches nor a part of them."""
+    number = isinstance(given, int | float)  # None: the default; an interval may be a time
+    if number and not (0 <= given <= 1 or (given > 1 and given % 1 == 0)):
+        raise ValueError(
+            f"{option} must be a whole number of batches, at least 0, or a part of them from 0.0 to 1.0, got {given}"
+        )
 
 
 def _refuse_no_time(given: Any) -> None:

@@ -8,6 +8,7 @@ from pydoc import locate as find
 from typing import Any
 
 from jsonargparse import Namespace
+from torch.optim import Optimizer
 
 from rtrl_moe_pl.cli.offers import PRECISIONS, no_class, takes
 
@@ -45,6 +46,13 @@ _NO_FIGURE = re.compile(  # callback, figure, and those that there are
     r"(Early) stopping conditioned on metric `(.*?)` which is not available.*: (.*)"
 )
 _BEGINS = re.compile(r"(\w+)(?=( \([^)]*\)| \+ \w+)?( must| has|=| '|:))")  # about an option: no prose
+_INVALID = re.compile(r"Invalid (.+?)(?: values?| parameter at index \d)?: (.*)")  # torch's optimizers
+_OPTIONS = {"learning rate": "lr", "epsilon": "eps", "beta": "betas", "eta": "etas"}
+_RANGES = {
+    "betas": "at least 0 and below 1",
+    "rho": "at least 0 and at most 1",
+    "etas": "one in (0, 1) and one above 1",
+}
 _LOST = re.compile(r"(gloo|NCCL|TCPStore).*([Cc]onnection|[Bb]roken pipe|[Tt]imed out|timeout|remote)", re.DOTALL)
 _AT = r"(?:^|\n)[ -]*([\w. ()]+: |)"  # where in the configuration, at the beginning of a line
 _NO_MEMORY = re.compile(
@@ -217,6 +225,9 @@ def locate(error: Exception, made: type, given: dict[str, Any], config: Namespac
     message = type(error).__name__ if not error.args else error.args[0] if len(error.args) == 1 else None
     if not isinstance(message, str) or _OPTION.match(message):  # one within it has been located already
         return
+    if issubclass(made, Optimizer) and (words := _INVALID.match(message)):
+        name = _OPTIONS.get(words[1], words[1])
+        message = f"{name} must be {_RANGES.get(name, 'a finite number of at least 0')}, got {words[2]}"
     found = [(path, options) for path, name, options in _places(config, "") if _made(made, given, name, options)]
     if not found:
         return

@@ -39,18 +39,19 @@ def resolve_last(root: Path, resumable: bool) -> str:
 def count_processes(trainer: Any) -> int:
     """How many processes the trainer options ask for: devices times num_nodes."""
     devices = str(trainer.devices)
-    if devices in ("0", "[]"):
-        raise ValueError(f"trainer.devices: needs a number above 0, a list of indices, or auto, got {devices}")
-    if devices in ("auto", "-1"):
-        count = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 1
-    elif isinstance(trainer.devices, list) or "," in devices:
-        count = len([device for device in devices.strip("[]").split(",") if device.strip()])
-    elif devices.isdigit():
+    cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
+    listed = [device for device in devices.strip("[]").split(",") if device.strip()] if set(devices) & set("[,") else []
+    if devices == "auto" or (devices == "-1" and not cpu):
+        count = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") and not cpu else 1
+    elif listed and not cpu:
+        count = len(listed)
+    elif devices.isdigit() and int(devices):
         count, cores = int(devices), os.cpu_count() or 1
         if count > PER_CORE * cores:
             raise ValueError(f"trainer.devices={count} is more than {PER_CORE} processes for each of {cores} cores")
     else:
-        raise ValueError(f"trainer.devices: needs a number, a list of indices, or auto, got {devices or repr(devices)}")
+        needs = "on CPUs needs a number" if cpu else "needs a list of indices, a number"
+        raise ValueError(f"trainer.devices: {needs} above 0, or auto, got {devices or repr(devices)}")
     return count * trainer.num_nodes
 
 

@@ -50,7 +50,9 @@ CASES = [
         ["--model.gradient_clip=.nan"],
         ["model.gradient_clip must be positive and finite, or null for none, got nan"],
     ),
-    Case("nan lr", ["--model.optimizer.lr=.nan"], ["model.optimizer: Invalid learning rate: nan"]),
+    Case(
+        "nan lr", ["--model.optimizer.lr=.nan"], ["model.optimizer.lr must be a finite number of at least 0, got nan"]
+    ),
     Case("infinite lr", ["--model.optimizer.lr=.inf"], ["model.optimizer.lr must be finite, got inf"]),
     Case(
         "nan decay",
@@ -63,8 +65,19 @@ CASES = [
         ["model.embedding_optimizer.lr must be finite, got nan"],
         config="table",
     ),
-    Case("negative decay", ["--model.optimizer.weight_decay=-1"], ["model.optimizer: Invalid weight_decay value: -1"]),
-    Case("betas", ["--model.optimizer.betas=[0.9, 2]"], ["model.optimizer: Invalid beta parameter at index 1: 2.0"]),
+    Case(
+        "negative decay",
+        ["--model.optimizer.weight_decay=-1"],
+        ["model.optimizer.weight_decay must be a finite number of at least 0"],
+    ),
+    Case(
+        "betas", ["--model.optimizer.betas=[0.9, 2]"], ["model.optimizer.betas must be at least 0 and below 1, got 2.0"]
+    ),
+    Case(
+        "etas",
+        ["--model.optimizer=Rprop", "--model.optimizer.etas=[1.5, 0.9]"],
+        ["model.optimizer.etas must be one in (0, 1) and one above 1, got 1.5, 0.9"],
+    ),
     Case("negative seed", [f"{DATA}.seed=-1"], ["data.seed must be at least 0, got -1"]),
     Case("seed of puzzles", [f"{DATA}.seed=-1"], ["data.seed must be at least 0, got -1"], config="reasoning"),
     # batches that do not fit

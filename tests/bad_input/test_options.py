@@ -137,7 +137,9 @@ CASES = [
         ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1", "--model.lr_scheduler.total_steps=9"],
         ["model.lr_scheduler: OneCycleLR ends after total_steps=9, before trainer.max_steps=10: set it to 11"],
     ),
-    Case("negative lr", ["--model.optimizer.lr=-1"], ["model.optimizer: Invalid learning rate: -1"]),
+    Case(
+        "negative lr", ["--model.optimizer.lr=-1"], ["model.optimizer.lr must be a finite number of at least 0, got -1"]
+    ),
     Case(
         "never a checkpoint", ["--checkpoint.every_n_epochs=0"], ["checkpoint.every_n_epochs must be at least 1, got 0"]
     ),

@@ -8,6 +8,7 @@ from tests.bad_input.case import Case, run, table
 
 DATA, GRADIENT = "--data", "--model.gradient"
 STRATEGY = "trainer.strategy must be one of 'auto', 'broadcast', 'single_device', 'ddp'"
+DEVICES = "trainer.devices: on CPUs needs a number above 0, or auto"
 CASES = [
     # the trainer
     Case(
@@ -31,7 +32,7 @@ CASES = [
     Case(
         "interval 2.5",
         ["--trainer.val_check_interval=2.5"],
-        ["trainer.val_check_interval: You have passed invalid value 2.5"],
+        ["trainer.val_check_interval must be a whole number of batches, at least 0, or a part", "got 2.5"],
     ),
     Case(
         "interval 100",
@@ -39,25 +40,32 @@ CASES = [
         ["`val_check_interval` (100) must be less than or equal to"],
     ),
     Case(
-        "limit", ["--trainer.limit_train_batches=-1"], ["trainer.limit_train_batches: You have passed invalid value -1"]
+        "limit",
+        ["--trainer.limit_train_batches=-1"],
+        ["trainer.limit_train_batches must be a whole number of batches, at least 0, or a part", "got -1"],
     ),
     Case(
         "devices 0",
         ["--trainer.devices=0"],
-        ["trainer.devices: needs a number above 0, a list of indices, or auto, got 0"],
+        [f"{DEVICES}, got 0"],
     ),
-    Case(
-        "none of devices", ["--trainer.devices=[]"], ["trainer.devices: needs a number above 0, a list of ", "got []"]
-    ),
+    Case("a list of CPUs", ["--trainer.devices=0,1"], [f"{DEVICES}, got 0,1"]),
+    Case("devices below 0", ["--trainer.devices=-3"], [f"{DEVICES}, got -3"]),
+    Case("none of devices", ["--trainer.devices=[]"], [f"{DEVICES}, got []"]),
     Case("barebones", ["--trainer.barebones=true"], ["trainer.barebones=true is not supported: it takes no logger, "]),
     Case("devices", ["--trainer.devices=9999"], ["trainer.devices=9999 is more than 8 processes for each of "]),
     Case("abbreviation", ["--trainer.max_step=5"], ["unknown key trainer.max_step: did you mean max_steps or "]),
-    Case("no devices", ["--trainer.devices="], ["trainer.devices: needs a number, a list of indices, or auto, got ''"]),
+    Case("no devices", ["--trainer.devices="], [f"{DEVICES}, got ''"]),
     Case("nodes", ["--trainer.num_nodes=0"], ["trainer.num_nodes: `num_nodes` must be a positive integer, but got 0"]),
     Case(
         "accelerator",
         ["--trainer.accelerator=abacus"],
-        ["trainer.accelerator: You selected an invalid accelerator name"],
+        ["trainer.accelerator (of this machine) must be one of 'auto', 'cpu'", "got 'abacus'"],
+    ),
+    Case(
+        "accelerator that is not there",
+        ["--trainer.accelerator=tpu"],
+        ["trainer.accelerator (of this machine) must be one of 'auto', 'cpu'", "got 'tpu'"],
     ),
     Case("strategy", ["--trainer.strategy=dppp"], [f"{STRATEGY}, got 'dppp'"]),
     Case("strategy of shards", ["--trainer.strategy=fsdp"], [f"{STRATEGY}, got 'fsdp'"]),

@@ -92,7 +92,7 @@ def test_damage_is_found(tmp_path: Path, damage) -> None:
     torch.save({**VERSION, "state_dict": {"weight": torch.randn(10_000)}}, path)
     require_readable(path)
     damage(path)
-    with pytest.raises(ValueError, match="truncated or corrupt|is an empty file"):
+    with pytest.raises(ValueError, match=r"truncated or corrupt|is an empty file"):
         require_readable(path)
 
 
