@@ -124,17 +124,18 @@ def _sentence_of(text: str) -> str:
     keys: list[str] = []
     owner = given = None
     causes: list[str] = []
-    other = False
+    other = nullable = False
     for line in text.splitlines():
         line = line.strip().removeprefix("- ")
         if key := _KEY.match(line):
             if causes:  # another branch
                 break
             keys.append(key[1])
-            line = key[2]
+            line, nullable = key[2], False
         if (found := _CLASS.match(line)) and not _NO_CLASS.search(line):
             other = bool(causes)  # the next branch of a union
             owner = owner if other else found[1] or found[2]
+        nullable |= line.startswith("Subtypes: ") and "NoneType" in line
         line = _WHOLE.sub("", line)
         if found := _GIVEN.match(line):
             given = found[1] or found[2]
@@ -143,10 +144,10 @@ def _sentence_of(text: str) -> str:
             causes.append(line)
     path = ".".join(CONFIG if key == "config" else key for key in keys)
     how = f"; --{path}+=NAME adds one, --{path}.OPTION sets what it takes" if alone else ""
-    return (_sentence(path, causes, owner, given) or " ".join(text.split())) + how
+    return (_sentence(path, causes, owner, given, nullable) or " ".join(text.split())) + how
 
 
-def _sentence(path: str, causes: list[str], owner: str | None, given: str | None) -> str:
+def _sentence(path: str, causes: list[str], owner: str | None, given: str | None, nullable: bool) -> str:
     expected: list[re.Match[str]] = []
     for cause in causes:
         if found := _EXPECTED.match(cause):
@@ -172,8 +173,13 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
         return ": ".join(filter(None, [path, cause]))  # a class's own words
     if path == "trainer.precision":  # Lightning has more
         return f"{path}: needs one of {', '.join(PRECISIONS)}, got {given}"
-    types = " or ".join(_readable(found[1] or found[2]) for found in expected)
-    return f"{path}: needs {types}, got {expected[0][3] or given or repr('')}" if expected else path
+    if not expected:
+        return path
+    got = expected[0][3] or given or "''"
+    types = list(dict.fromkeys(_readable(found[1] or found[2]) for found in expected))
+    if "float" in types and got.lower().strip(".+-") in ("nan", "inf", "infinity"):
+        types = ["a finite number"]
+    return f"{path}: needs {' or '.join(types + ['null'] * nullable)}, got {got}"
 
 
 def _readable(name: str) -> str:

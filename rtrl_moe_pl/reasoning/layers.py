@@ -174,4 +174,4 @@ class PositionMLP(nn.Module):
 def require_heads(width: int, heads: int) -> None:
     """Refuse a width that cannot be shared out between the heads."""
     if heads < 1 or width % heads:
-        raise ValueError(f"width must be a multiple of heads, got width={width} and heads={heads}")
+        raise ValueError(f"heads must divide the width ({width}, decoder.width for encoders too), got {heads}")

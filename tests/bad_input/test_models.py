@@ -121,7 +121,7 @@ CASES = [
     Case(
         "heads",
         [f"{DECODER}.heads=3"],
-        ["model.decoder.width must be a multiple of heads, got width=8 and heads=3"],
+        ["model.decoder.heads must divide the width (8, decoder.width for encoders too), got 3"],
         config="reasoning",
     ),
     Case("cycles", [f"{DECODER}.l_cycles=0"], ["model.decoder.l_cycles must be at least 1, got 0"], config="reasoning"),
@@ -135,7 +135,7 @@ CASES = [
     Case(
         "heads of an encoder",
         ["--model.encoder.heads=3"],
-        ["model.encoder: width must be a multiple of heads"],
+        ["model.encoder.heads must divide the width (8, decoder.width for encoders too), got 3"],
         config="reasoning",
     ),
     Case(

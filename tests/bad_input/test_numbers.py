@@ -16,6 +16,11 @@ CASES = [
     Case("a list for a number", [f"{CELL}.hidden_size=[5]"], ["model.cell.hidden_size: needs int, got [5]"]),
     Case("a truth for a number", [f"{CELL}.hidden_size=true"], ["model.cell.hidden_size: needs int, got True"]),
     Case("null for a number", [f"{CELL}.hidden_size=null"], ["model.cell.hidden_size: needs int, got None"]),
+    Case("nan in words", ["--model.optimizer.lr=nan"], ["model.optimizer.lr: needs a finite number, got nan"]),
+    Case(
+        "inf in words", ["--model.gradient_clip=inf"], ["model.gradient_clip: needs a finite number or null, got inf"]
+    ),
+    Case("type of P", ["--model.gradient.influence_dtype=half"], ["needs one of 'bfloat16' or null, got half"]),
     Case("nan for a number", ["--trainer.max_steps=.nan"], ["trainer.max_steps: needs int, got nan"]),
     Case(
         "too large",

@@ -198,7 +198,7 @@ CASES = [
         ["data.validation_batch_size must be at least 1"],
         "predict",
     ),
-    Case("steps of audit", ["--steps=many"], ["steps: needs int, got many"], "audit"),
+    Case("steps of audit", ["--steps=many"], ["steps: needs int or null, got many"], "audit"),
     Case("no steps of audit", ["--steps=-5"], ["--steps must be at least 1, got -5"], "audit"),
     Case(
         "too few steps of audit",

@@ -68,7 +68,7 @@ def test_hidden_width_is_that_of_the_published_models() -> None:
 @pytest.mark.parametrize(("width", "heads"), [(6, 4), (6, 0)])
 def test_widths_that_heads_cannot_share_are_refused(width: int, heads: int) -> None:
     for layer in (Attention, CrossAttention):
-        with pytest.raises(ValueError, match=f"^width must be a multiple of heads, got width=6 and heads={heads}$"):
+        with pytest.raises(ValueError, match=rf"^heads must divide the width \(6, decoder\.width .*\), got {heads}$"):
             layer(width, heads)
 
 

@@ -105,7 +105,7 @@ def test_rows_are_independent() -> None:
         ({"grad_cycles": 3}, "grad_cycles must be at most h_cycles=2, got 3"),
         ({"mixer": "conv"}, "mixer must be one of 'attention', 'mlp', got 'conv'"),
         ({"positions": "none"}, "positions must be one of 'rotary', 'learned', got 'none'"),
-        ({"heads": 0}, "width must be a multiple of heads, got width=8 and heads=0"),
+        ({"heads": 0}, r"heads must divide the width \(8, decoder\.width .*\), got 0"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
