@@ -32,6 +32,11 @@ def shown(grid: Any) -> dict[str, Any]:
         ({"train": PAIR, **ASKED}, f'no list "train": a task is {FORM}'),
         ({"train": [], **ASKED}, "no demonstrations: train is empty"),
         ({"train": [PAIR]}, f'no list "test": a task is {FORM}'),
+        ({"train": [PAIR], **ASKED, "tset": []}, 'a task has "train" and "test" alone, no "tset"'),
+        (
+            {"train": [PAIR], "test": [{"input": GRID, "outptu": GRID}]},
+            'test pair 1: a pair has "input" and "output" alone, no "outptu"',
+        ),
         ({"train": [PAIR], "test": []}, "no test pairs: test is empty"),
         ({"train": [[GRID, GRID]], **ASKED}, 'train pair 1: no "input"'),
         ({"train": [PAIR, {"input": GRID}], **ASKED}, 'train pair 2: no "output"'),
