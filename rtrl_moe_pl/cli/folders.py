@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+
+from rtrl_moe_pl.training.run_folder import RunLogger
 
 _EVENTS = "events.out.tfevents.*"  # opened by a logger before anything else is done
 _OF_EVERY_RUN = ("config.yaml", "hparams.yaml", "metrics.csv", _EVENTS)
@@ -18,6 +21,8 @@ def is_fresh(folder: Path) -> bool:
 
 def discard_unused(folder: Path, trainer: Trainer, own: bool) -> None:
     """Remove the folder of a run's logs if it has nothing but what is written before a run begins.
+
+    And those above it that were made for it, if nothing else is in them.
 
     Args:
         folder: of the logs.
@@ -34,3 +39,6 @@ def discard_unused(folder: Path, trainer: Trainer, own: bool) -> None:
         for path in files:
             path.unlink()
         folder.rmdir()
+        for above in [path for logger in trainer.loggers if isinstance(logger, RunLogger) for path in logger.made]:
+            with contextlib.suppress(OSError):  # another run has begun in it
+                above.rmdir()

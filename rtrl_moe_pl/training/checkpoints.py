@@ -174,10 +174,10 @@ def shard_of(path: str | Path, rank: int) -> Path:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise OSError, in one line, unless files can be made in the folder (which is made if it is missing)."""
+    """Raise OSError, in one line, unless files can be made in the folder, or where it is to be made."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise OSError(

@@ -253,6 +253,25 @@ def test_incomplete_ones(
     assert contents(there) == before
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("predict", []),
+        ("fit", ["--model.optimizer.lr=-1"]),
+        ("fit", ["--ckpt_path=sequence.ckpt", "--model.cell=LSTM"]),
+        ("predict", ["--ckpt_path=sequence.ckpt", "--model.cell=LSTM"]),
+    ],
+)
+def test_a_new_root_folder_of_a_refused_run_is_not_there(
+    there: Path, capsys: pytest.CaptureFixture[str], command: str, options: list[str]
+) -> None:
+    (there / "mine").mkdir()
+    for root in ("new/folder", "mine"):
+        refused(capsys, [command, *CONFIGS["sequence"], f"--trainer.default_root_dir={root}", *options], [])
+    assert not (there / "new").exists()
+    assert list((there / "mine").iterdir()) == []
+
+
 @pytest.mark.parametrize("steps", [3, 4])
 def test_a_run_that_is_complete_is_said_to_be(there: Path, steps: int) -> None:
     with pytest.warns(UserWarning, match=f"nothing was trained: the weights are those of step 4, .*max_steps={steps},"):

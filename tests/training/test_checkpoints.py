@@ -171,12 +171,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         require_readable(tmp_path / "gone.ckpt")
 
 
-def test_writable_folders_are_made(tmp_path: Path) -> None:
+def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path: Path) -> None:
     require_writable(tmp_path / "new" / "folder")
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"trainer\.default_root_dir: cannot write to .*file"):
         require_writable(tmp_path / "file" / "folder")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(OSError, match=r"trainer\.default_root_dir: cannot write to .*link"):
+        require_writable(tmp_path / "link")
