@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import re
 from pathlib import Path
 from pydoc import locate
 from string import Formatter
@@ -90,10 +90,17 @@ def _refuse_no_part(option: str, given: Any) -> None:
 
 
 def _refuse_no_time(given: Any) -> None:
-    """Raise ValueError for a limit that is over before anything is trained."""
-    with suppress(MisconfigurationException):  # the Trainer says what is no duration
-        if given is not None and (Timer(given).time_remaining() or 0.0) <= 0:
-            raise ValueError(f"trainer.max_time must be above 0, or null for no limit, got {given}")
+    """Raise ValueError for what is no duration, and for a limit that is over before anything is trained."""
+    try:
+        left = None if given is None else Timer(given).time_remaining()
+        known = not isinstance(given, str) or re.fullmatch(r"\d+:\d\d:[0-5]\d:[0-5]\d", given)
+    except (MisconfigurationException, TypeError):
+        left, known = None, False
+    if not known:
+        form = "DD:HH:MM:SS, with minutes and seconds below 60, or keys such as {hours: 3}"
+        raise ValueError(f"trainer.max_time must be {form}, got {given}")
+    if left is not None and left <= 0:
+        raise ValueError(f"trainer.max_time must be above 0, or null for no limit, got {given}")
 
 
 def _refuse_beneath_a_file(option: str, folder: str | None) -> None:

@@ -49,7 +49,8 @@ class ReasoningModule(ManualModule):
         halting: when lanes are done; None: `Halting()`.
         loss: None: `ReasoningLoss()`.
         kl_weight: of the divergence of variational encoders, per row.
-        evaluation_steps: numbers of supervision steps to evaluate at, beside the other ways of stopping.
+        evaluation_steps: numbers of supervision steps to evaluate at, beside the other ways of stopping; those above
+            ``halting.max_steps`` think on for longer than training does.
         encoder_lr: learning rate of the encoder; None: the optimizer's own.
         embedding_optimizer: of the table of a `PuzzleEmbedding`, such as `SignSGD`; None: the optimizer of the rest.
         pretrained: checkpoint whose decoder training begins with, and whose encoder if it is of the same class (both

@@ -8,6 +8,7 @@ from tests.bad_input.case import Case, run, table
 
 DATA, GRADIENT = "--data", "--model.gradient"
 STRATEGY = "trainer.strategy must be one of 'auto', 'broadcast', 'single_device', 'ddp'"
+TIME = "trainer.max_time must be DD:HH:MM:SS, with minutes and seconds below 60, or keys such as {hours: 3}"
 DEVICES = "trainer.devices: on CPUs needs a number above 0, or auto"
 CASES = [
     # the trainer
@@ -80,7 +81,10 @@ CASES = [
         ["--trainer.precision=transformer-engine"],
         ["trainer.precision must be one of '32-true', '64-true', 'bf16-mixed', got 'transformer-engine'"],
     ),
-    Case("time", ["--trainer.max_time=soon"], ["trainer.max_time: `Timer(duration='soon')` is not a valid duration"]),
+    Case("time", ["--trainer.max_time=soon"], [f"{TIME}, got soon"]),
+    Case("time in two parts", ["--trainer.max_time=00:99"], [f"{TIME}, got 00:99"]),
+    Case("99 minutes", ["--trainer.max_time=00:00:99:99"], [f"{TIME}, got 00:00:99:99"]),
+    Case("time of no unit", ["--trainer.max_time={hour: 3}"], [f"{TIME}, got {{'hour': 3}}"]),
     Case(
         "no time",
         ["--trainer.max_time=00:00:00:00"],
