@@ -42,10 +42,10 @@ def count_processes(trainer: Any) -> int:
     cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
     listed = [device for device in devices.strip("[]").split(",") if device.strip()] if set(devices) & set("[,") else []
     if devices == "auto" or (devices == "-1" and not cpu):
-        count = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") and not cpu else 1
+        count = max(1, torch.cuda.device_count()) if trainer.accelerator in ("auto", "gpu", "cuda") else 1
     elif listed and not cpu:
         count = len(listed)
-    elif devices.isdigit() and int(devices):
+    elif devices.isdecimal() and int(devices):
         count, cores = int(devices), os.cpu_count() or 1
         if count > PER_CORE * cores:
             raise ValueError(f"trainer.devices={count} is more than {PER_CORE} processes for each of {cores} cores")

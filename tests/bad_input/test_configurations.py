@@ -1,6 +1,7 @@
 """Configuration files that are wrong: YAML, and what a configuration is made of."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -264,9 +265,10 @@ def test_an_alias_a_merge_and_names_with_dots_are_taken(here: Path) -> None:
 
 def test_of_an_option_that_is_given_twice_the_last_counts(here: Path) -> None:
     callbacks = ["--trainer.callbacks=RoutingPicture", "--trainer.callbacks=EMA", "--trainer.callbacks+=IdleWatch"]
-    line = CommandLine(["fit", "--config=config.yaml", "--trainer.max_steps=3", "--trainer.max_steps=2", *callbacks])
-    assert line.trainer.max_steps == 2
-    assert [type(callback).__name__ for callback in line.trainer.callbacks][:2] == ["EMA", "IdleWatch"]
+    options = ["--config=config.yaml", "--trainer.max_steps=3", "--trainer.max_steps=2", *callbacks]
+    trainer: Any = CommandLine(["fit", *options]).trainer
+    assert trainer.max_steps == 2
+    assert [type(callback).__name__ for callback in trainer.callbacks][:2] == ["EMA", "IdleWatch"]
 
 
 def test_an_error_beside_a_class_of_the_users_own_module_is_one_line(
