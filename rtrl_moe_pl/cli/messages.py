@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pydoc import locate as find
 from typing import Any
 
@@ -163,7 +164,10 @@ def _sentence(path: str, causes: list[str], owner: str | None, given: str | None
             owner = found[1] if (found := _OF_CLASS.match(given or "")) else owner
             return f"{path}: {missing[1]} is missing" + (f": {takes(owner)}" if owner else "")
         if unknown := _UNKNOWN.search(cause):
-            key = ".".join(filter(None, [path, unknown[1] or unknown[2] or unknown[3]]))
+            name = unknown[1] or unknown[2] or unknown[3]
+            if get_close_matches(name.partition(".")[0], ["init_args"]):
+                return f"unknown key {path}.{name.partition('.')[0]}: did you mean init_args?"
+            key = ".".join(filter(None, [path, name]))
             return f"unknown key {key}" + (f": {takes(owner)}" if owner else "")
         if missing := _NO_CLASS.search(cause):
             if expected:  # a class would have done, too

@@ -34,6 +34,11 @@ CASES = [
     Case("unknown model key", ["--model.learning_rate", "3"], ["unknown key model.learning_rate", "optimizer"]),
     Case("unknown cell key", [f"{CELL}.width", "3"], ["unknown key model.cell.width", "hidden_size"]),
     Case("unknown data key", [f"{DATA}.lanes", "3"], ["unknown key data.lanes", "batch_size"]),
+    Case(
+        "init_args misspelt",
+        ["--model.gradient.initargs.window=3"],
+        ["unknown key model.gradient.initargs: did you mean init_args?"],
+    ),
     Case("unknown class", ["--model.gradient", "RTLR"], ["model.gradient", "no class RTLR"]),
     Case("wrong type", [f"{DATA}.batch_size", "many"], ["data.batch_size", "needs int", "many"]),
     Case("wrong nested type", [f"{CELL}.hidden_size", "1.5"], ["model.cell.hidden_size", "needs int", "1.5"]),
