@@ -19,6 +19,8 @@ from rtrl_moe_pl.data.puzzles import PuzzleDataModule
 from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
 from rtrl_moe_pl.tasks.base import one_of
 
+PARTS = "train", "val", "test", "predict"
+
 
 def check_options(config: Namespace) -> None:
     """Refuse options of Trainer and checkpoints that Lightning would stumble over later, or take without a word.
@@ -40,11 +42,7 @@ def check_options(config: Namespace) -> None:
         present = [name for name, held in AcceleratorRegistry.items() if held["accelerator"].is_available()]
         present += ["gpu"] * bool({"cuda", "mps"} & {*present})
         one_of(("auto", *sorted(present)), "trainer.accelerator (of this machine)", trainer.accelerator)
-    for name in (
-        "val_check_interval",
-        "overfit_batches",
-        *(f"limit_{kind}_batches" for kind in ("train", "val", "test", "predict")),
-    ):
+    for name in ("val_check_interval", "overfit_batches", *(f"limit_{part}_batches" for part in PARTS)):
         _refuse_no_part(f"trainer.{name}", trainer[name])
     at_least(0, "trainer.log_every_n_steps", trainer.log_every_n_steps)
     at_least(-1, "trainer.num_sanity_val_steps", trainer.num_sanity_val_steps or 0)

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from rtrl_moe_pl.cli.messages import CONFIG, one_line
 
-_UNRECOGNIZED = re.compile(r"unrecognized arguments: --?([^\s=+]+)")
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (--?([^\s=+]+)\+?)")
 _OF_CLASS = {"class_path", "init_args", "dict_kwargs", "<<"}
 
 
@@ -59,7 +59,7 @@ class ConfigParser(LightningArgumentParser):
 
     def error(self, message: str, *args: Any) -> NoReturn:
         if not self._inner_parser and (found := _UNRECOGNIZED.match(message)):
-            message = self._unknown(found[1])
+            message = self._unknown(found[2]) or f"{found[1]} is no option: give --{found[2]}"
         super().error(message, *args)
 
     def _require_known(self, root: yaml.Node, path: str = "") -> None:
@@ -82,16 +82,15 @@ class ConfigParser(LightningArgumentParser):
 
     def _unknown(self, key: str) -> str:
         """What is said of a key that is no option: its first part that is none, and what it can have meant."""
-        options, path, beside = self._options(), "", set[str]()
+        path, before = "", " before the command" if self._subparsers else ""
         for part in key.split("."):
-            beside = {option[len(path) :].partition(".")[0] for option in options if option.startswith(path)}
+            beside = sorted({o[len(path) :].partition(".")[0] for o in self._options() if o.startswith(path)})
             if part not in beside:
-                break
+                near = get_close_matches(part, beside)
+                fix = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(beside)}"
+                return f"unknown key {path}{part}{before}: {fix if beside else f'{path[:-1]} takes no keys'}"
             path = f"{path}{part}."
-        near = get_close_matches(part, sorted(beside))
-        fix = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(sorted(beside))}"
-        before = " before the command" if self._subparsers else ""
-        return f"unknown key {path}{part}{before}: {fix}"
+        return ""
 
 
 def require_plain(node: yaml.Node, path: str = "", above: tuple[yaml.Node, ...] = ()) -> None:
