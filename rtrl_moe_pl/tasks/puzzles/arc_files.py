@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,7 +196,7 @@ def read_task(path: str | Path, demonstrations: bool = True) -> ArcTask:
 def _pairs(content: Any, part: str) -> tuple[Pair, ...]:
     if not isinstance(content, dict) or not isinstance(content.get(part), list):
         raise ValueError(f'no list "{part}": a task is {FORM}')
-    _refuse_others(content, "a task", "train", "test")
+    _refuse_misspelt(content, "a task", "train", "test")
     if not content[part]:
         raise ValueError("no demonstrations: train is empty" if part == "train" else "no test pairs: test is empty")
     pairs = []
@@ -203,7 +204,7 @@ def _pairs(content: Any, part: str) -> tuple[Pair, ...]:
         where = f"{part} pair {number}"
         if not isinstance(pair, dict) or "input" not in pair:
             raise ValueError(f'{where}: no "input"')
-        _refuse_others(pair, f"{where}: a pair", "input", "output")
+        _refuse_misspelt(pair, f"{where}: a pair", "input", "output")
         question = part == "test" and pair.get("output") is None
         if not question and "output" not in pair:
             raise ValueError(f'{where}: no "output"')
@@ -212,11 +213,11 @@ def _pairs(content: Any, part: str) -> tuple[Pair, ...]:
     return tuple(pairs)
 
 
-def _refuse_others(content: dict[str, Any], what: str, *known: str) -> None:
-    """A misspelt "output" would make a question of an answer."""
+def _refuse_misspelt(content: dict[str, Any], what: str, *known: str) -> None:
+    """A misspelt "output" would make a question of an answer; other keys, such as a name, are left alone."""
     for key in content:
-        if key not in known:
-            raise ValueError(f'{what} has "{known[0]}" and "{known[1]}" alone, no "{key}"')
+        if key not in known and (near := get_close_matches(str(key), known)):
+            raise ValueError(f'{what} has "{known[0]}" and "{known[1]}": did you mean "{near[0]}" by "{key}"?')
 
 
 def _grid(rows: Any, where: str) -> np.ndarray:

@@ -27,6 +27,13 @@ def test_a_task_is_read_as_it_is_written(tmp_path: Path):
     assert found.largest == 3
 
 
+def test_other_keys_are_left_alone(tmp_path: Path) -> None:
+    """Some collections name their tasks."""
+    task = {"train": [{"input": [[1]], "output": [[3]]}], "test": [{"input": [[4]]}]}
+    (tmp_path / "a.json").write_text(json.dumps({"name": "one", "id": 3, **task}))
+    assert read_task(tmp_path / "a.json").largest == 1
+
+
 def pairs(grid: object) -> dict:
     return {"train": [{"input": [[1]], "output": [[1]]}, {"input": [[1]], "output": grid}], "test": [{"input": [[1]]}]}
 
