@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -76,6 +77,12 @@ def end_on_sigterm(number: int, frame: FrameType | None) -> None:
     raise SIGTERMException
 
 
+def leave_group() -> None:
+    """Close the connections to the other processes; none where there are none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class BroadcastStrategy(DDPStrategy):
     """Data parallelism for modules that write ``p.grad`` themselves (``strategy: broadcast``).
 
@@ -97,6 +104,9 @@ class BroadcastStrategy(DDPStrategy):
         if self.local_rank > 0:
             end_with_parent(self._finished)
         super().setup_environment()
+        # Threads of gloo that outlive the interpreter abort the process now and then, after all is done (status 134).
+        atexit.unregister(leave_group)
+        atexit.register(leave_group)
 
     def teardown(self) -> None:
         self._finished.set()
