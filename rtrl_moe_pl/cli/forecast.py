@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +19,7 @@ from rtrl_moe_pl.cli.trial import (
     first_steps,
     forecast_memory,
     forecast_reasoning,
+    of_batches,
     prepared,
     print_table,
     puzzles,
@@ -87,6 +90,9 @@ def forecast(
         whole = algorithm.window is None
         data, together = (longest, length) if whole else (timed, columns)
         rows.append(examine(model, algorithm, source, data, together, streams and not whole, allowed))
+        shorter = with_chunk_that_fits(rows[-1], model, lanes, columns, streams, allowed)
+        if shorter and repr(shorter) not in {repr(row.algorithm) for row in rows}:
+            rows.append(examine(model, shorter, source, data, together, streams, allowed))
         if whole and streams and rows[-1].seconds is not None:
             notes = "needs data.layout: sequences", rows[-1].note
             rows[-1] = replace(rows[-1], note="; ".join(filter(None, notes)))
@@ -143,6 +149,24 @@ def examine(
         return Row(algorithm, note=f"not run: {error}")
     note = f"time estimated from {estimated_from} steps" if estimated_from else ""
     return Row(algorithm, needed, seconds / len(data[0].inputs), note)
+
+
+def with_chunk_that_fits(
+    row: Row, model: SequenceModule, lanes: int, columns: int, streams: bool, allowed: int
+) -> RTRL | None:
+    """The row's algorithm with the longest chunk that fits, if its default one does not; None if none does."""
+    algorithm = row.algorithm
+    if not isinstance(algorithm, RTRL) or algorithm.chunk or row.memory is None or row.memory.total_bytes <= allowed:
+        return None
+    shorter = copy.copy(algorithm)
+
+    def needed(chunk: int) -> int:
+        shorter.chunk = chunk
+        return of_batches(shorter, model, lanes, columns, streams).total_bytes
+
+    default = algorithm.chunk_for(model.cell, batch_size=lanes)
+    shorter.chunk = bisect_right(range(1, default), allowed, key=needed)
+    return shorter if shorter.chunk else None
 
 
 def print_rows(rows: list[Row], configured: set[str]) -> None:

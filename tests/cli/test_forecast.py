@@ -106,6 +106,48 @@ def test_what_does_not_fit_is_not_run(
     assert "recommended: none fits in 10 B: make data.batch_size or the cell smaller" in shown
 
 
+@pytest.mark.parametrize("chosen", [(), ("--model.gradient.chunk", "3")])
+def test_where_the_default_chunk_does_not_fit_the_longest_that_does_is_tried(
+    here: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: tuple[str, ...],
+) -> None:
+    """P takes 192 kB, and each step of a chunk 33.6 kB. Once it is what is configured, it is shown once."""
+
+    def seconds(model: Any, algorithm: GradientAlgorithm, data: Any) -> tuple[float, int]:
+        return {1: 20.0, 4: 3.0, 5: 4.0}[algorithm.window or 1] if algorithm.exact else 1.0, 0
+
+    monkeypatch.setattr(command, "seconds_per_step", seconds)
+    batch = "--data.batch_size", "64"
+    assert run("forecast", "--memory", "3e-4", *batch, *chosen) == 0
+    shown = capsys.readouterr().out
+    table = lines(shown)
+    assert table["RTRL(window=4)"][-1] == "not run: does not fit in 300 kB"
+    assert table["RTRL(window=4, chunk=3)"][:3] == ["yes", "192 kB", "101 kB"]
+    assert [name for name in table if "chunk" in name] == [f"RTRL(window={window}, chunk=3)" for window in (4, 5)]
+    assert shown.count("RTRL(window=4, chunk=3) ") == 1
+    assert "recommended: RTRL(window=4, chunk=3): exact, 3.0 times TBPTT(window=4), in memory that " in shown
+    assert run("forecast", "--memory", "2.257e-4", *batch) == 0
+    assert "recommended: RTRL(window=4, chunk=1): exact, 3.0 times" in capsys.readouterr().out
+    assert run("forecast", "--memory", "2.255e-4", *batch) == 0  # less than P and a step
+    shown = capsys.readouterr().out
+    assert "chunk" not in shown
+    assert "recommended: TBPTT(window=4): no exact algorithm fits; biased" in shown
+
+
+def test_shorter_chunks_are_tried_of_routed_cells_too(
+    here: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "seconds_per_step", lambda *_: (1.0, 0))
+    assert run("forecast", "--memory", "1.2e-4", "--model.cell", MOE) == 0
+    shown = capsys.readouterr().out
+    assert "  BlockRTRL(window=9, chunk=4) " in shown
+    assert "  LazyExpertRTRL(window=9, chunk=3, ring=16, catch_up='walk') " in shown
+
+
 class Slow(nn.Module):
     """Of a given time a step."""
 
