@@ -86,12 +86,19 @@ def test_without_the_collective_they_differ(trained: Callable[..., Ranks], run: 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("processes", SEVERAL)
 def test_every_rank_makes_the_same_collectives(trained: Callable[..., Ranks], processes: int, run: str) -> None:
+    """One for the update, whatever the number of parameters; before it one of a cell with penalties; after it, where
+    figures are logged, theirs."""
     results = [rank[run, 32] for rank in trained(processes)]
     assert all(result["collectives"] == results[0]["collectives"] for result in results)
     parameters = sum(value.numel() for value in results[0]["weights"].values())
-    for made in results[0]["collectives"]:
-        [gradients] = [name for name in made if name.startswith("all_reduce") and int(name.split()[1]) > parameters]
-        assert made.index(gradients) <= 1  # before it: the weight, of a cell with penalties
+    update = [f"all_reduce {parameters + 1}"]  # and the weight
+    if run in ("BlockRTRL", "LazyExpertRTRL"):  # counts of 3 slots that are read or written, and of 5 experts
+        update = ["all_reduce 2", f"all_reduce {parameters + 1 + 3 + 3 + 5}"]
+    figures = ["all_reduce", *["all_gather"] * (2 if run == "ETRM" else 0)]
+    for number, made in enumerate(results[0]["collectives"], 1):
+        logged = [name.split()[0] for name in made[len(update) :]]
+        assert made[: len(update)] == update
+        assert logged == (figures if number == 1 or number % 5 == 0 else [])
 
 
 def test_some_ranks_or_all_have_nothing_to_learn_from(trained: Callable[..., Ranks]) -> None:
