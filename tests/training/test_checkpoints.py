@@ -166,6 +166,27 @@ def test_writing_that_fails_leaves_the_earlier_one_and_nothing_else(tmp_path: Pa
     assert torch.equal(torch.load(path)["state_dict"]["weight"], torch.ones(3))
 
 
+def test_what_is_written_is_on_the_disk_before_it_is_renamed_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a failure of power could leave a half one under the final name, or the earlier one."""
+    done, flush, replace = [], os.fsync, Path.replace
+
+    def flushed(handle: int) -> None:
+        found = os.fstat(handle)
+        done.append("folder" if os.path.samestat(found, tmp_path.stat()) else found.st_size)
+        flush(handle)
+
+    def renamed(path: Path, to: Path) -> Path:
+        done.append("renamed")
+        return replace(path, to)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    DurableCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.ones(3)}}, tmp_path / "a.ckpt")
+    assert done == [(tmp_path / "a.ckpt").stat().st_size, "renamed", "folder"]
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no file .*gone\.ckpt"):
         require_readable(tmp_path / "gone.ckpt")

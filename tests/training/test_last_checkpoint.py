@@ -68,6 +68,19 @@ def test_the_newest_few_are_kept_and_last_points_to_the_newest(tmp_path: Path) -
     assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == "last-step12-batch12.ckpt"
 
 
+def test_the_old_link_stays_until_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed in between has a last.ckpt."""
+    there, link = [], os.symlink
+
+    def linked(*arguments: Any, **options: Any) -> None:
+        there.append((tmp_path / "checkpoints" / "last.ckpt").exists())
+        link(*arguments, **options)
+
+    monkeypatch.setattr(os, "symlink", linked)
+    fit(tmp_path, LastCheckpoint(keep=3), max_steps=4)
+    assert there == [False, True]
+
+
 def test_the_clock_saves_too_except_where_a_validation_is_due(tmp_path: Path) -> None:
     """Where one is due it is saved after it, since a run that resumes before it would leave it out."""
     fit(tmp_path, LastCheckpoint(keep=20, minutes=1e-9))
