@@ -26,7 +26,7 @@ from rtrl_moe_pl.cli.diagnosis import DiagnosisTrainer
 from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
 from rtrl_moe_pl.cli.processes import LAST, require_no_restart, resolve_last, strategy_of, without_requeueing
 from rtrl_moe_pl.cli.run_callbacks import callbacks_of
-from rtrl_moe_pl.cli.streams import printed, warnings_in_one_line, without_tips
+from rtrl_moe_pl.cli.streams import full_disk_in_one_line, printed, warnings_in_one_line, without_tips
 from rtrl_moe_pl.cli.summary import SaveConfig
 from rtrl_moe_pl.cli.tf32 import set_tf32, tf32_restored
 from rtrl_moe_pl.modules import ManualModule, ReasoningModule
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
-        with tf32_restored():
+        with tf32_restored(), full_disk_in_one_line(debug):
             return CommandLine(arguments).status
     except SIGTERMException:  # before training, or without checkpoints
         return 128 + signal.SIGTERM
