@@ -16,6 +16,8 @@ from rtrl_moe_pl.cli.messages import CONFIG, one_line
 
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (--?([^\s=+]+)\+?)")
 _OF_CLASS = {"class_path", "init_args", "dict_kwargs", "<<"}
+# A default may be a string of a class of its own, such as Lightning's `Interval`: written as the string that it is.
+yaml.SafeDumper.add_multi_representer(str, lambda dumper, value: dumper.represent_str(str.__str__(value)))
 
 
 class ConfigParser(LightningArgumentParser):
