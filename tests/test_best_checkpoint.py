@@ -48,7 +48,9 @@ def test_nothing_is_lost_for_a_misspelt_figure(here: Path, recwarn: pytest.Warni
     """It is said after the first validation, once, and a run with the right one goes on."""
     fit = ["fit", "--config", "config.yaml", "--trainer.val_check_interval=2"]
     assert main([*fit, "--trainer.max_steps=9", "--checkpoint.monitor=val/acuracy"]) == 0
-    said = [text for one in recwarn if (text := str(one.message)).startswith("checkpoint.monitor=val/acuracy: the ")]
+    said = [
+        text for one in recwarn if (text := str(one.message)).startswith("checkpoint.monitor=val/acuracy: nothing ")
+    ]
     assert len(said) == 1
     assert said[0].endswith(
         "; logged: val/accuracy, val/accuracy_2x, val/accuracy_4x, val/loss, val/loss_2x, val/loss_4x"

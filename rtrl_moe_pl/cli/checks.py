@@ -91,7 +91,7 @@ def _refuse_no_time(given: Any) -> None:
     """Raise ValueError for what is no duration, and for a limit that is over before anything is trained."""
     try:
         left = None if given is None else Timer(given).time_remaining()
-        known = not isinstance(given, str) or re.fullmatch(r"\d+:\d\d:[0-5]\d:[0-5]\d", given)
+        known = not isinstance(given, str) or re.fullmatch(r"\s*\d+:\d\d:[0-5]\d:[0-5]\d\s*", given)
     except (MisconfigurationException, TypeError):
         left, known = None, False
     if not known:

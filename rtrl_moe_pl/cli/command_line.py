@@ -128,6 +128,8 @@ class CommandLine(LightningCLI):
         refuse_half(config.trainer.precision)  # before the Trainer, which on a CPU makes bfloat16 of it
         if not 0 <= config.seed_everything < 2**32:
             raise ValueError(f"seed_everything must be at least 0 and below 2^32, got {config.seed_everything}")
+        if config.ckpt_path is None and self.config.subcommand == "fit":
+            require_no_restart()
         root = str(config.trainer.default_root_dir or os.getcwd())
         remote = "://" in root
         if not remote:
@@ -135,8 +137,6 @@ class CommandLine(LightningCLI):
                 require_writable(Path(root))
             if config.ckpt_path == "last":
                 config.ckpt_path = resolve_last(Path(root), resumable=self.config.subcommand == "fit")
-            elif config.ckpt_path is None and self.config.subcommand == "fit":
-                require_no_restart()
             elif config.ckpt_path is not None and "://" not in config.ckpt_path:
                 require_readable(Path(config.ckpt_path))
 
@@ -221,7 +221,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.config.subcommand]
         kwargs["callbacks"] = callbacks_of(config, self.config.subcommand, cast(ManualModule, self.model))
-        kwargs["plugins"] = without_requeueing(config.trainer.plugins)
+        kwargs["plugins"] = without_requeueing(config.trainer)
         strategy = strategy_of(config.trainer)
         if strategy is not None:
             kwargs["strategy"] = strategy

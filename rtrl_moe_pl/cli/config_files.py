@@ -61,7 +61,8 @@ class ConfigParser(LightningArgumentParser):
 
     def error(self, message: str, *args: Any) -> NoReturn:
         if not self._inner_parser and (found := _UNRECOGNIZED.match(message)):
-            message = self._unknown(found[2]) or f"{found[1]} is no option: give --{found[2]}"
+            one_dash = not found[1].startswith("--") and found[2].partition(".")[0] in self._options()
+            message = ("" if one_dash else self._unknown(found[2])) or f"{found[1]} is no option: give --{found[2]}"
         super().error(message, *args)
 
     def _require_known(self, root: yaml.Node, path: str = "") -> None:

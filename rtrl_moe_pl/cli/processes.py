@@ -94,11 +94,14 @@ def require_all(processes: int) -> None:
         )
 
 
-def without_requeueing(plugins: Any) -> list[Any]:
+def without_requeueing(trainer: Any) -> list[Any]:
     """Plugins of a Trainer, on SLURM without its requeueing, which saves in the middle of an update, and whose
     checkpoint the next fit of a job in that folder would go on from unasked."""
+    plugins = trainer.plugins
     given = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-    if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in given):
+    chosen = [*given, getattr(trainer.strategy, "cluster_environment", None)]
+    srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()  # torchrun may be used within a job
+    if srun and not any(isinstance(environment, ClusterEnvironment) for environment in chosen):
         given.append(SLURMEnvironment(auto_requeue=False))
     return given
 

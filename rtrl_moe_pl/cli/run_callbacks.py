@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import compress
+
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, ProgressBar
 
@@ -26,13 +28,16 @@ def callbacks_of(config: Namespace, command: str, model: ManualModule) -> list[C
     the best has seen.
     """
     given = config.trainer.callbacks or []
-    callbacks = [given] if isinstance(given, Callback) else list(given)
+    given = [given] if isinstance(given, Callback) else list(given)
+    defaults: list[Callback] = []
     if config.warnings and command == "fit":
-        callbacks += [watch() for watch in WATCHES if not any(isinstance(c, watch) for c in callbacks)]
+        defaults += [watch() for watch in WATCHES]
     if config.trainer.enable_checkpointing is not False:
-        callbacks += [config.checkpoint, config.last_checkpoint]
-    if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-        callbacks.append(Bar(refresh_rate=10))  # the same bar in every environment
+        defaults += [config.checkpoint, config.last_checkpoint]
+    if config.trainer.enable_progress_bar is not False:
+        defaults.append(Bar(refresh_rate=10))  # the same bar in every environment
     if command == "predict":
-        callbacks.append(PuzzleWriter() if isinstance(model, ReasoningModule) else PredictionWriter())
-    return callbacks
+        defaults.append(PuzzleWriter() if isinstance(model, ReasoningModule) else PredictionWriter())
+    replaced = [ProgressBar if isinstance(callback, Bar) else type(callback) for callback in defaults]
+    kept = [not any(isinstance(callback, kind) for callback in given) for kind in replaced]
+    return [*given, *compress(defaults, kept)]

@@ -125,12 +125,15 @@ def summary(trainer: Trainer, module: Any, batch: Any) -> dict[str, str]:
     elif isinstance(module, ReasoningModule) and isinstance(batch, PuzzleStream):
         cut = f"{module.decoder.grad_cycles} of {module.decoder.h_cycles} rounds of a supervision step"
         lines["gradient"] = f"{module.mode}, through {cut}"
-        forecast = forecast_reasoning(module, batch)
+        try:
+            forecast = forecast_reasoning(module, batch)
+        except Exception:  # of a module or encoder that cannot be copied: no reason to end a run
+            return lines
         lines["forecast memory"] = (
             f"about {readable(forecast.workspace_bytes)} for the way back ({batch.batch_size} lanes, "
             f"{module.shape.cells} cells)"
         )
-        lines["forecast cost"] = f"{forecast.operations_per_token:.3g} operations a cell"
+        lines["forecast cost"] = f"{forecast.operations_per_token:.3g} operations a cell, where all puzzles begin"
     return lines
 
 

@@ -88,16 +88,16 @@ def warn_of_unused_rates(rates: Sequence[float], scheduler: Any) -> None:
         return
     defaults = [signature(type(part)).parameters.get("lr") for part in parts_of(scheduler.optimizer)]
     known = {default.default for default in defaults if default is not None}
-    for rate, group in zip(rates, scheduler.optimizer.param_groups, strict=True):
+    for number, (rate, group) in enumerate(zip(rates, scheduler.optimizer.param_groups, strict=True)):
         if isinstance(scheduler, OneCycleLR):
             options = {"max_lr": group["max_lr"]}
         else:
-            options = {"base_lr": group["initial_lr"], "max_lr": scheduler.max_lrs[0]}
+            options = {"base_lr": group["initial_lr"], "max_lr": scheduler.max_lrs[number]}
         if rate not in {*known, *options.values()}:
+            own = " and ".join(f"{name}={value:g}" for name, value in options.items())
             rank_zero_warn(
-                f"model.optimizer: lr={rate:g} is not used: {type(scheduler).__name__} sets the learning rate, by "
-                + " and ".join(f"model.lr_scheduler.{name}={value:g}" for name, value in options.items())
-                + ": change it there"
+                f"the learning rate {rate:g} of an optimizer is not used: model.lr_scheduler sets it, a "
+                f"{type(scheduler).__name__} with {own}: change it there"
             )
 
 

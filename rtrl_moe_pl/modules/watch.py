@@ -150,8 +150,8 @@ class UpdateSizeWatch(Watch):
     Args:
         large, small: it warns if the last ``looks`` sizes were all above ``large``, or all below ``small`` (at 6e-8
             and below, most weights in float32 stay as they are). Of a size above 0.5, by which one update makes most of
-            what the weights are, it warns at once. Weights that were all zero are judged from the first size that is
-            not above ``large`` on: those before say nothing of the learning rate.
+            what the weights are, it warns at once. Of weights that were all zero, sizes above ``large`` say nothing of
+            the learning rate for 1 / large^2 updates, by which those of a random walk have come below it.
         looks: at least 1.
 
     Raises:
@@ -159,7 +159,7 @@ class UpdateSizeWatch(Watch):
     Cost: two copies of the parameters a look.
     """
 
-    kept = ("_waits", "_size", "_sizes", "_from_zero")
+    kept = ("_waits", "_size", "_sizes", "_zero_at")
 
     def __init__(self, large: float = 0.1, small: float = 1e-7, looks: int = 5) -> None:
         self.large, self.small = positive("large", large), not_negative("small", small)
@@ -170,7 +170,7 @@ class UpdateSizeWatch(Watch):
         self._waits = False
         self._size: float | None = None
         self._sizes: list[float] = []
-        self._from_zero = False
+        self._zero_at: int | None = None  # updates done when the trained weights were last seen to be zero before one
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self._waits or pl_module.logs_now():  # type: ignore[operator]
@@ -181,7 +181,8 @@ class UpdateSizeWatch(Watch):
     ) -> None:
         if self._before is not None:
             self._size = movement(vector(pl_module.parameters()), self._before)
-            self._from_zero = self._from_zero or not self._before.any()
+            if not self._before.any():
+                self._zero_at = trainer.global_step
             self._before, self._waits = None, False
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -191,8 +192,8 @@ class UpdateSizeWatch(Watch):
             return
         size, self._size = self._size, None
         module.log("train/update_size", size)
-        self._from_zero = self._from_zero and size > self.large
-        if self._from_zero:
+        since = math.inf if self._zero_at is None else trainer.global_step - self._zero_at
+        if size > self.large and since < 1 / self.large**2:
             return
         self._sizes = [*self._sizes, size][-self.looks :]
         if size > AT_ONCE:

@@ -61,8 +61,8 @@ class BestCheckpoint(ModelCheckpoint):
         elif trainer.fit_loop.epoch_loop.val_loop._has_run and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"checkpoint.monitor={self.monitor}: the validation logged no such figure; until one does, only "
-                f"last.ckpt is kept and no best; logged: {self._logged(monitor_candidates)}"
+                f"checkpoint.monitor={self.monitor}: nothing has logged it so far; until something does, no best "
+                f"checkpoint is kept, only last.ckpt; logged: {self._logged(monitor_candidates)}"
             )
 
     def _logged(self, figures: Iterable[str]) -> str:
@@ -123,7 +123,7 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         run: Any = trainer  # attributes that its __init__ does not declare
-        if self.save_top_k != 0 and not self.best_model_path and not run.fast_dev_run:
+        if self.save_top_k != 0 and not (self.best_model_path or self._warned or run.fast_dev_run):
             due, logged = "none", ""
             if self.monitor is not None:
                 due = f"checkpoint.monitor={self.monitor} was never there when one"

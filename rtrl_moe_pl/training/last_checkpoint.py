@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -129,11 +130,8 @@ class LastCheckpoint(ModelCheckpoint):
         if not failed and trainer.world_size == 1 and trainer.training and _between_batches(trainer):
             loop: Any = trainer.fit_loop  # a batch that was taken and not trained on would be left out
             if loop._data_fetcher.fetched == loop.epoch_loop.batch_progress.current.ready:
-                try:
+                with contextlib.suppress(OSError):  # the first error is the one to be told
                     self._save(trainer)
-                except OSError:
-                    if not isinstance(exception, OSError):  # else perhaps of the same full disk
-                        raise
 
     def _save(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

@@ -37,3 +37,5 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         if self.hparams:  # else an empty hparams.yaml, beside config.yaml, which has them all
             super().save()
+        else:
+            self.experiment.flush()

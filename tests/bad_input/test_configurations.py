@@ -139,6 +139,7 @@ CASES = [
         ["unknown key trainer.callback: did you mean callbacks"],
     ),
     Case("one dash", ["-trainer.max_steps", "3"], ["-trainer.max_steps is no option: give --trainer.max_steps"]),
+    Case("one dash before a class", ["-model.gradient.window=3"], ["is no option: give --model.gradient.window"]),
     Case("no list", ["--seed_everything+=3"], ["--seed_everything+ is no option: give --seed_everything"]),
     Case("hyphen", ["--trainer.max-steps", "3"], ["unknown key trainer.max-steps: did you mean max_steps or "]),
     Case("empty option of a class", ["--model.gradient.foo={}"], ["unknown key model.gradient.foo: RTRL takes window"]),

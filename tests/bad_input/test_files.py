@@ -32,10 +32,10 @@ def shown(grid: Any) -> dict[str, Any]:
         ({"train": PAIR, **ASKED}, f'no list "train": a task is {FORM}'),
         ({"train": [], **ASKED}, "no demonstrations: train is empty"),
         ({"train": [PAIR]}, f'no list "test": a task is {FORM}'),
-        ({"train": [PAIR], **ASKED, "tset": []}, 'a task has "train" and "test": did you mean "test" by "tset"?'),
+        ({"train": [PAIR], "tset": []}, f'no list "test": a task is {FORM}'),
         (
             {"train": [PAIR], "test": [{"input": GRID, "outptu": GRID}]},
-            'test pair 1: a pair has "input" and "output": did you mean "output" by "outptu"?',
+            'test pair 1: no "output", but "outptu", which would make a question of an answer',
         ),
         ({"train": [PAIR], "test": []}, "no test pairs: test is empty"),
         ({"train": [[GRID, GRID]], **ASKED}, 'train pair 1: no "input"'),

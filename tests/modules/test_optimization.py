@@ -26,12 +26,11 @@ def cyclic(optimizer: Any) -> CyclicLR:
 @pytest.mark.parametrize(
     ("rate", "schedule", "said"),
     [
-        (0.3, one_cycle, "OneCycleLR sets the learning rate, by model.lr_scheduler.max_lr=0.01: change it there"),
+        (0.3, one_cycle, "model.lr_scheduler sets it, a OneCycleLR with max_lr=0.01: change it there"),
         (
             0.3,
             cyclic,
-            "CyclicLR sets the learning rate, by model.lr_scheduler.base_lr=0.01 and model.lr_scheduler.max_lr=0.1: "
-            "change it there",
+            "model.lr_scheduler sets it, a CyclicLR with base_lr=0.01 and max_lr=0.1: change it there",
         ),
         (0.01, one_cycle, None),  # the same
         (0.1, cyclic, None),
@@ -51,4 +50,4 @@ def test_a_learning_rate_that_a_schedule_sets_otherwise_is_warned_of(
         warnings.simplefilter("always")
         trainer(tmp_path, max_steps=2).fit(model, datamodule=data())
     texts = [str(one.message) for one in found if "learning rate" in str(one.message)]
-    assert texts == ([] if said is None else [f"model.optimizer: lr={rate:g} is not used: {said}"])
+    assert texts == ([] if said is None else [f"the learning rate {rate} of an optimizer is not used: {said}"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from rtrl_moe_pl.cells import GRU, LSTM, RecurrentMoE, VanillaRNN
 from rtrl_moe_pl.cells.base import Cell
@@ -192,6 +193,42 @@ def test_weights_that_were_zero_are_judged_once_they_have_a_size(tmp_path: Path)
     assert warned(tmp_path, zeros(), UpdateSizeWatch()) == []
     [text] = warned(tmp_path, zeros(), UpdateSizeWatch(large=0.99))  # all but the first; the signs change at step 4
     assert text.startswith("step 4: train/update_size was")
+
+
+class Thrown(torch.optim.Optimizer):
+    """Throws weights from one side to the other, whatever the gradient."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.side = 0.1
+
+    def step(self, closure: Any) -> None:
+        closure()  # with Lightning's hooks in it
+        self.side = -self.side
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.fill_(self.side)
+
+
+def of_zeros(optimizer: Any, **options: Any) -> SequenceModule:
+    model = module(optimizer=optimizer, **options)
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    return model
+
+
+def test_a_runaway_from_zero_is_warned_of_later(tmp_path: Path) -> None:
+    """When a random walk would have come below; the watch's state has when that was."""
+    watch = UpdateSizeWatch(large=0.3)
+    [text] = warned(tmp_path, of_zeros(Thrown), watch)
+    assert text.startswith("step 13: train/update_size was 2: ")  # 12 > 1 / 0.3^2 updates after the first
+    assert watch.state_dict()["_zero_at"] == 1
+
+
+def test_a_warm_up_from_zero_is_no_runaway(tmp_path: Path) -> None:
+    """Its first update leaves the weights at zero, at a rate of 0."""
+    model = of_zeros(lambda p: SignSGD(p, lr=0.1), lr_scheduler=lambda o: LambdaLR(o, lambda step: step / 100))
+    assert warned(tmp_path, model, UpdateSizeWatch(), log_every_n_steps=2) == []
 
 
 def test_frozen_weights_are_no_fault_of_a_watch(tmp_path: Path) -> None:

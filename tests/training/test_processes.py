@@ -6,17 +6,20 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
 from rtrl_moe_pl.cli import main
-from rtrl_moe_pl.cli.processes import LAST
+from rtrl_moe_pl.cli.processes import LAST, count_processes, without_requeueing
 from rtrl_moe_pl.training.checkpoints import PER_RANK, shard_of
+from rtrl_moe_pl.training.strategy import BroadcastStrategy
 from tests.test_cli import python
 
 ROOT = Path(__file__).parents[2]
@@ -173,6 +176,46 @@ def test_torchrun_equals_one_process(here: Path) -> None:
     assert steps == found_steps == 3
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_torchrun_within_a_job_of_slurm_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's requeueing is switched off for what srun starts; otherwise the environment is left to Lightning."""
+    options: Any = SimpleNamespace(plugins=None, strategy="auto")
+    assert without_requeueing(options) == []
+    for name, value in {"NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_NAME": "train"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    [found] = without_requeueing(options)
+    assert not found.auto_requeue
+    own = SLURMEnvironment()
+    assert without_requeueing(SimpleNamespace(plugins=own, strategy="auto")) == [own]
+    strategy = BroadcastStrategy(cluster_environment=own)
+    assert without_requeueing(SimpleNamespace(plugins=[], strategy=strategy)) == []
+    for name in ("RANK", "GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert without_requeueing(options) == []
+
+
+@pytest.mark.parametrize(
+    ("devices", "accelerator", "count"),
+    [
+        ("auto", "auto", 4),
+        ("auto", "cpu", 1),
+        ("-1", "gpu", 4),
+        ("1", "cuda", 1),
+        ("0,2", "auto", 2),
+        ([0, 1, 3], "cuda", 3),
+        ("3,", "cuda", 1),
+        (2, "cpu", 2),
+    ],
+)
+def test_processes_are_counted_before_they_are_started(
+    monkeypatch: pytest.MonkeyPatch, devices: Any, accelerator: str, count: int
+) -> None:
+    """On two machines of four GPUs each."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert count_processes(SimpleNamespace(devices=devices, accelerator=accelerator, num_nodes=2)) == 2 * count
 
 
 def srun(rank: int, port: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -196,7 +196,6 @@ def read_task(path: str | Path, demonstrations: bool = True) -> ArcTask:
 def _pairs(content: Any, part: str) -> tuple[Pair, ...]:
     if not isinstance(content, dict) or not isinstance(content.get(part), list):
         raise ValueError(f'no list "{part}": a task is {FORM}')
-    _refuse_misspelt(content, "a task", "train", "test")
     if not content[part]:
         raise ValueError("no demonstrations: train is empty" if part == "train" else "no test pairs: test is empty")
     pairs = []
@@ -204,20 +203,14 @@ def _pairs(content: Any, part: str) -> tuple[Pair, ...]:
         where = f"{part} pair {number}"
         if not isinstance(pair, dict) or "input" not in pair:
             raise ValueError(f'{where}: no "input"')
-        _refuse_misspelt(pair, f"{where}: a pair", "input", "output")
+        if "output" not in pair and (near := get_close_matches("output", map(str, pair))):
+            raise ValueError(f'{where}: no "output", but "{near[0]}", which would make a question of an answer')
         question = part == "test" and pair.get("output") is None
         if not question and "output" not in pair:
             raise ValueError(f'{where}: no "output"')
         output = None if question else _grid(pair["output"], f"{where}, output")
         pairs.append(Pair(_grid(pair["input"], f"{where}, input"), output))
     return tuple(pairs)
-
-
-def _refuse_misspelt(content: dict[str, Any], what: str, *known: str) -> None:
-    """A misspelt "output" would make a question of an answer; other keys, such as a name, are left alone."""
-    for key in content:
-        if key not in known and (near := get_close_matches(str(key), known)):
-            raise ValueError(f'{what} has "{known[0]}" and "{known[1]}": did you mean "{near[0]}" by "{key}"?')
 
 
 def _grid(rows: Any, where: str) -> np.ndarray:

@@ -30,7 +30,7 @@ def test_a_task_is_read_as_it_is_written(tmp_path: Path):
 def test_other_keys_are_left_alone(tmp_path: Path) -> None:
     """Some collections name their tasks."""
     task = {"train": [{"input": [[1]], "output": [[3]]}], "test": [{"input": [[4]]}]}
-    (tmp_path / "a.json").write_text(json.dumps({"name": "one", "id": 3, **task}))
+    (tmp_path / "a.json").write_text(json.dumps({"name": "one", "test_id": 3, **task}))
     assert read_task(tmp_path / "a.json").largest == 1
 
 
