@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rtrl_moe_pl import __version__
@@ -47,6 +48,7 @@ def run() -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook's own is none that this process may have
     try:
         from rtrl_moe_pl.cli import main  # late, so that the help is quick
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from rtrl_moe_pl.cells import GRU
 from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.gradients import RTRL, WindowResult
 from rtrl_moe_pl.modules import SequenceModule
@@ -313,3 +314,39 @@ def test_an_error_begins_a_line_of_its_own(here: Path) -> None:
     assert done.returncode == 1
     assert "Epoch 0" in done.stdout
     assert "\nerror: training stopped at step" in done.stdout
+
+
+class Faulty(GRU):
+    """A cell of a user's own."""
+
+    def __init__(self, input_size: int, kind: str) -> None:
+        super().__init__(input_size, 4)
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        if self.kind == "raises":
+            raise ValueError("my own trouble")
+        return super().forward(x, s) / 0
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "said"),
+    [
+        ("fit", "raises", f"error: my own trouble (in forward, {__file__}, line "),
+        ("forecast", "raises", "error: no algorithm runs on Faulty: my own trouble"),
+        ("audit", "infinite", "error: audit: the state of Faulty becomes NaN or infinite within 200 steps: "),
+    ],
+)
+def test_a_fault_of_an_own_cell_is_laid_to_it(
+    here: Path, capsys: pytest.CaptureFixture[str], command: str, kind: str, said: str
+) -> None:
+    options = ["--model.cell", "tests.test_cli.Faulty", "--model.cell.kind", kind]
+    assert main([command, "--config", "config.yaml", *options]) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith(said)
+
+
+@pytest.mark.slow
+def test_a_notebook_decides_nothing_about_pictures(here: Path) -> None:
+    done = python("-m", "rtrl_moe_pl", "audit", "--config", "config.yaml", folder=here, MPLBACKEND="module://none")
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from itertools import chain, repeat
 
@@ -26,6 +27,7 @@ from rtrl_moe_pl.gradients import BPTT, AuditReport, Comparison, audit_gradient
 from rtrl_moe_pl.gradients.memory import free_memory, readable
 from rtrl_moe_pl.modules import ReasoningModule, SequenceModule
 from rtrl_moe_pl.modules.reasoning_audit import audit_reasoning
+from rtrl_moe_pl.modules.requirements import warn_of_shorter_windows
 
 
 def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Trainer, steps: int = 200) -> bool:
@@ -53,10 +55,17 @@ def audit(model: SequenceModule, datamodule: LightningDataModule, trainer: Train
             f"--steps {steps}: nothing to compare, BPTT gives no parameter a gradient on {describe(data)}: take more "
             "steps, so that some of them have a label, or shorter sequences"
         )
+    if not all(map(math.isfinite, report.state_norms)):
+        raise ValueError(
+            f"audit: the state of {type(model.cell).__name__} becomes NaN or infinite within {steps} steps: there "
+            "is no gradient to compare; look at the cell, or take fewer --steps"
+        )
     print_gradients(report, "path", {name: p.path for name, p in report.parameters.items()})
     print_norms(report, window or data.inputs.shape[1], data.inputs.shape[1])
     delivered, streams = delivered_by(source, datamodule)
     lanes, columns = delivered[0].starts.shape
+    if streams:
+        warn_of_shorter_windows(model.gradient, columns)
     forecast = forecast_memory(model, model.gradient, source, columns, streams)
     print(
         f"memory: {readable(forecast.influence_bytes)} for the influence, "

@@ -69,7 +69,8 @@ def check_classes(model: Namespace, data: str) -> None:
     """
     cell = model.get("init_args.cell.class_path", "")
     if cell.startswith("torch."):
-        raise TypeError(no_class(model.class_path, "model.cell", cell))
+        wrapped = ", or {class_path: TorchCell, init_args: {cell: ..}} around a torch.nn.GRUCell, LSTMCell or RNNCell"
+        raise TypeError(no_class(model.class_path, "model.cell", cell) + wrapped)
     classes = [found if isinstance(found := locate(path), type) else object for path in (model.class_path, data)]
     puzzles = issubclass(classes[1], PuzzleDataModule)
     if puzzles and issubclass(classes[0], SequenceModule):

@@ -23,7 +23,7 @@ import rtrl_moe_pl.reasoning  # noqa: F401
 from rtrl_moe_pl.cli.checks import check_classes, check_options
 from rtrl_moe_pl.cli.config_files import ConfigParser
 from rtrl_moe_pl.cli.diagnosis import DiagnosisTrainer
-from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, shortened
+from rtrl_moe_pl.cli.messages import Maker, of_trainer, one_line, place_of, shortened
 from rtrl_moe_pl.cli.processes import LAST, require_no_restart, resolve_last, strategy_of, without_requeueing
 from rtrl_moe_pl.cli.run_callbacks import callbacks_of
 from rtrl_moe_pl.cli.streams import full_disk_in_one_line, printed, warnings_in_one_line, without_tips
@@ -273,7 +273,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         try:
-            message = one_line(error)
+            message = one_line(error) + place_of(error)
         except Exception:  # the parser has other words than those that are known
             message = shortened(" ".join(str(error).split()))
         rank = rank_zero_only.rank

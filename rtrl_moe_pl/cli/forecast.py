@@ -96,6 +96,8 @@ def forecast(
         if whole and streams and rows[-1].seconds is not None:
             notes = "needs data.layout: sequences", rows[-1].note
             rows[-1] = replace(rows[-1], note="; ".join(filter(None, notes)))
+    if all(row.memory is None for row in rows):
+        raise ValueError(f"no algorithm runs on {type(model.cell).__name__}: {rows[0].note.removeprefix('not run: ')}")
     print_rows(rows, {repr(model.gradient)})
     print(f"recommended: {recommend(rows, model.gradient, length, allowed)}")
 

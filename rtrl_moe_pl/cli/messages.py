@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from difflib import get_close_matches
+from pathlib import Path
 from pydoc import locate as find
 from typing import Any
 
@@ -74,6 +77,16 @@ def one_line(error: BaseException) -> str:
     """What an error says, in one line."""
     text = _OF_CALLABLE.sub("", str(error).strip())
     return shortened(_sentence_of(text) if text else type(error).__name__)
+
+
+def place_of(error: BaseException) -> str:
+    """Where in a user's own code it was raised, or what was called last of it; "" if none is behind the error."""
+    others = {str(Path(__file__).parents[1]), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        own = Path(frame.filename).is_file() and not any(Path(frame.filename).is_relative_to(place) for place in others)
+        if own:
+            return f" (in {frame.name}, {frame.filename}, line {frame.lineno}; --debug shows the whole way)"
+    return ""
 
 
 def shortened(line: str) -> str:

@@ -86,7 +86,8 @@ def require_all(processes: int) -> None:
                 )
             return
     started = PARENT in os.environ or "MASTER_PORT" in os.environ  # by this package; one by one, by a user
-    if rank_zero_only.rank if processes == 1 else "LOCAL_RANK" in os.environ and not started:
+    first = {"RANK", "LOCAL_RANK"} <= os.environ.keys() and os.environ.get("WORLD_SIZE", "1") != "1"
+    if (rank_zero_only.rank or first) if processes == 1 else "LOCAL_RANK" in os.environ and not started:
         given = " and ".join(f"{name}={os.environ[name]}" for name in RANKS if name in os.environ)
         raise ValueError(
             f"the environment has {given}, as of one process of several, but nothing has started the others: unset "

@@ -17,6 +17,7 @@ from rtrl_moe_pl.modules.base import ManualModule
 from rtrl_moe_pl.modules.evaluation import evaluate, go_on
 from rtrl_moe_pl.modules.figures import EvaluationFigures, TrainingFigures, correct, log_figures
 from rtrl_moe_pl.modules.losses import WeightedCrossEntropy
+from rtrl_moe_pl.modules.requirements import require_batch, require_readout, warn_of_shorter_windows
 from rtrl_moe_pl.training import sum_over_ranks
 from rtrl_moe_pl.training.failure import first_bad
 
@@ -78,14 +79,16 @@ class SequenceModule(ManualModule):
         self._evaluated: tuple[int, Tensor] | None = None  # loader and state where its last batch ended
         self._memory: Memory | None = None  # not a buffer: other processes carry other lanes
         self._restored: dict[str, Any] | None = None
+        self._goes_on = False  # whether lanes went on from a batch in this fit
         self._figures = TrainingFigures()
-        _check_readout(cell, self.readout, output_size)
+        require_readout(cell, self.readout, output_size)
 
     # ---- training
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self._memory = self._restored = None
+        self._goes_on = False
         layout = getattr(getattr(self.trainer, "datamodule", None), "layout", None)
         if stage == "fit" and self.gradient.window is None and layout not in (None, "sequences"):
             raise ValueError(
@@ -99,6 +102,8 @@ class SequenceModule(ManualModule):
             self.gradient.require_room(self.cell, lanes, self.dtype, self.device)  # type: ignore[arg-type]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        if self._memory is None:  # the first
+            require_batch(batch, self.output_size, self.dtype, self.loss)  # type: ignore[arg-type]
         inputs, targets, starts = batch.inputs, tuple(batch.targets), batch.starts  # a DataLoader makes lists of tuples
         memory = self._memory_for(inputs, starts)
         weight = targets[1].sum()
@@ -150,6 +155,9 @@ class SequenceModule(ManualModule):
         whole = starts is None or bool(starts[:, 0].all())
         if not whole and self.gradient.window is None:
             raise ValueError(f"{self.gradient!r} needs batches of whole sequences: use layout 'sequences'")
+        if not (whole or self._goes_on):  # for the first time
+            self._goes_on = True
+            warn_of_shorter_windows(self.gradient, inputs.shape[1])
         memory = self._memory
         if memory is not None and memory.batch_size != lanes:
             if not whole:
@@ -217,6 +225,8 @@ class SequenceModule(ManualModule):
 
     def _outputs(self, batch: Batch, loader: int) -> Tensor:
         """Outputs of an evaluation batch, begun where the loader's last one ended unless every lane starts anew."""
+        if self._evaluated is None:  # the first
+            require_batch(batch, self.output_size, self.dtype, self.loss)  # type: ignore[arg-type]
         inputs, starts, state = batch.inputs, batch.starts, None
         whole = starts is None or bool(starts[:, 0].all())
         if not whole and self._evaluated is not None and self._evaluated[0] == loader:
@@ -250,34 +260,3 @@ class SequenceModule(ManualModule):
         if self._memory is not None:
             yield "state", self._memory.state
             yield "influence norm", self._memory.base.norm()
-
-
-@torch.no_grad()
-def _check_readout(cell: nn.Module, readout: nn.Module, output_size: int) -> None:
-    """Refuse a readout that does not fit the cell, in one line and before any data is made."""
-    size = cell.state_size
-    for name in ("num_slots", "slot_size"):
-        ours, needed = getattr(readout, name, None), getattr(cell, name, None)
-        if ours is not None and needed is not None and ours != needed:
-            raise ValueError(f"model.readout.{name} is {ours}, but the cell's is {needed}: give both the same")
-    given = [cell.initial_state(2)]  # type: ignore[operator]
-    if getattr(readout, "takes_input", False):
-        if not isinstance(getattr(cell, "input_size", None), int):
-            return
-        width = getattr(readout, "input_size", cell.input_size)
-        if width != cell.input_size:
-            raise ValueError(
-                f"model.readout.input_size is {width}, but the cell reads {cell.input_size} numbers: give both the same"
-            )
-        given.append(given[0].new_zeros(2, cell.input_size))  # type: ignore[call-overload]
-    try:
-        shape = tuple(readout(*given).shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"model.readout ({type(readout).__name__}) does not take states of size {size}: {error}"
-        ) from None
-    if shape != (2, output_size):
-        raise ValueError(
-            f"model.readout ({type(readout).__name__}) returns {shape[1:]} values for a state; "
-            f"the data needs ({output_size},)"
-        )

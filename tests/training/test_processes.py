@@ -80,7 +80,13 @@ def weights(folder: str) -> tuple[int, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("devices", "given", "rank"), [(1, "RANK=1 and LOCAL_RANK=1", 1), (1, "LOCAL_RANK=1", 1), (2, "LOCAL_RANK=0", 0)]
+    ("devices", "given", "rank"),
+    [
+        (1, "RANK=1 and LOCAL_RANK=1", 1),
+        (1, "LOCAL_RANK=1", 1),
+        (1, "RANK=0 and LOCAL_RANK=0", 0),  # beside a WORLD_SIZE of 2
+        (2, "LOCAL_RANK=0", 0),
+    ],
 )
 @pytest.mark.parametrize("command", ["fit", "forecast"])
 def test_a_rank_left_in_the_environment_is_refused(
@@ -95,6 +101,7 @@ def test_a_rank_left_in_the_environment_is_refused(
     """Of one process, nobody would write; of several, the first would wait for the others without end."""
     for setting in given.split(" and "):
         monkeypatch.setenv(*setting.split("="))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(rank_zero_only, "rank", rank)  # as it is read when Lightning is imported
     assert main([command, "--config", "config.yaml", f"--trainer.devices={devices}"]) == 1
     assert f": the environment has {given}, as of one process of several, but " in capsys.readouterr().err
