@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[attr-defined]
 
 from rtrl_moe_pl.cli import main
 from rtrl_moe_pl.cli.command_line import CommandLine
 from rtrl_moe_pl.cli.run_callbacks import WATCHES
-from rtrl_moe_pl.modules import TrainingWarning
+from rtrl_moe_pl.modules import ReasoningModule, TrainingWarning
+from rtrl_moe_pl.training.last_checkpoint import LastCheckpoint
 from tests.test_cli import here, python, run  # noqa: F401  # a fixture
 from tests.test_configs import CONFIGS, NAMES, load
 
@@ -153,8 +155,30 @@ def test_reasoning_has_a_summary_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "| gradient | re_encode, through 1 of 2 rounds of a supervision step |",
         "| forecast memory | about ",
         " for the way back (",
-        " operations a cell |",
+        " operations a cell, where all puzzles begin |",
     ):
         assert line in text(found, 0)
     assert "us a puzzle |" in text(found, 1)
     assert main([*fit, "--trainer.max_steps", "4", "--ckpt_path", "last"]) == 0  # lanes that go on are no fault of it
+
+
+def test_a_model_that_cannot_be_copied_has_a_shorter_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a run hangs on it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ReasoningModule, "__deepcopy__", lambda *_: 1 / 0, raising=False)
+    few = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *SMALL["trm_sudoku"]]
+    few += ["--trainer.enable_checkpointing", "false", "--trainer.callbacks", "null"]
+    assert main(["fit", "--config", str(CONFIGS / "trm_sudoku.yaml"), *few]) == 0
+    found = text(events(tmp_path), 0)
+    assert "| gradient | re_encode" in found
+    assert "forecast" not in found
+
+
+def test_a_given_callback_replaces_the_one_of_its_class(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    options = ["--trainer.callbacks+", "rtrl_moe_pl.training.last_checkpoint.LastCheckpoint"]
+    options += ["--trainer.callbacks.keep", "5", "--trainer.callbacks+", "TQDMProgressBar"]
+    options += ["--trainer.enable_progress_bar", "true"]
+    found = callbacks(*options, monkeypatch=monkeypatch)
+    [last] = [callback for callback in found if isinstance(callback, LastCheckpoint)]
+    assert last.save_top_k == 5
+    assert [type(callback).__name__ for callback in found if isinstance(callback, ProgressBar)] == ["TQDMProgressBar"]
