@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import resource
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,6 @@ def measure(case: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    cases = [*SEQUENCES, "puzzles"]
+    cases = sys.argv[1:] or [*SEQUENCES, "puzzles"]
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # imports once
         print(json.dumps(dict(zip(cases, pool.map(measure, cases, chunksize=1), strict=True))))
