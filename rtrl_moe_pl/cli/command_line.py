@@ -222,9 +222,7 @@ class CommandLine(LightningCLI):
         config = self.config_init[self.config.subcommand]
         kwargs["callbacks"] = callbacks_of(config, self.config.subcommand, cast(ManualModule, self.model))
         kwargs["plugins"] = without_requeueing(config.trainer)
-        strategy = strategy_of(config.trainer)
-        if strategy is not None:
-            kwargs["strategy"] = strategy
+        kwargs["strategy"] = strategy_of(config.trainer)
         if config.trainer.logger in (None, True):
             root = config.trainer.default_root_dir or os.getcwd()
             kwargs["logger"] = RunLogger(root)

@@ -55,14 +55,14 @@ def count_processes(trainer: Any) -> int:
     return count * trainer.num_nodes
 
 
-def strategy_of(trainer: Any) -> str | None:
-    """The strategy that trains right with as many processes; None if one is given that does."""
+def strategy_of(trainer: Any) -> Any:
+    """The strategy that trains right with as many processes: the given one, if it does."""
     processes = count_processes(trainer)
     require_all(processes)
     if processes > 1 and trainer.strategy == "auto":
         return "broadcast"
     require_strategy(trainer.strategy, processes)  # before any process is started
-    return None
+    return trainer.strategy
 
 
 def require_strategy(strategy: object, processes: int) -> None:
@@ -72,19 +72,24 @@ def require_strategy(strategy: object, processes: int) -> None:
         one_of(STRATEGIES, "trainer.strategy", strategy)
 
 
+def _launcher() -> type[TorchElasticEnvironment] | type[SLURMEnvironment] | None:
+    """What started this process beside others; torchrun first, which may be used within a job of SLURM."""
+    return next((found for found in (TorchElasticEnvironment, SLURMEnvironment) if found.detect()), None)
+
+
 def require_all(processes: int) -> None:
     """Refuse to run beside processes of torchrun or srun that would each train alone, or as one of none.
 
     The rank that the environment gives decides who writes; left there from elsewhere, nobody would.
     """
-    for environment in (TorchElasticEnvironment, SLURMEnvironment):
-        if environment.detect():
-            if environment().world_size() != processes:
-                raise ValueError(
-                    f"trainer.devices times trainer.num_nodes is {processes}, but {environment().world_size()} "
-                    f"processes were started ({environment.__name__}): make --trainer.devices their number on a node"
-                )
-            return
+    launcher = _launcher()
+    if launcher is not None:
+        if launcher().world_size() != processes:
+            raise ValueError(
+                f"trainer.devices times trainer.num_nodes is {processes}, but {launcher().world_size()} processes were "
+                f"started ({launcher.__name__}): make --trainer.devices their number on a node"
+            )
+        return
     started = PARENT in os.environ or "MASTER_PORT" in os.environ  # by this package; one by one, by a user
     first = {"RANK", "LOCAL_RANK"} <= os.environ.keys() and os.environ.get("WORLD_SIZE", "1") != "1"
     if (rank_zero_only.rank or first) if processes == 1 else "LOCAL_RANK" in os.environ and not started:
@@ -101,8 +106,7 @@ def without_requeueing(trainer: Any) -> list[Any]:
     plugins = trainer.plugins
     given = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
     chosen = [*given, getattr(trainer.strategy, "cluster_environment", None)]
-    srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()  # torchrun may be used within a job
-    if srun and not any(isinstance(environment, ClusterEnvironment) for environment in chosen):
+    if _launcher() is SLURMEnvironment and not any(isinstance(found, ClusterEnvironment) for found in chosen):
         given.append(SLURMEnvironment(auto_requeue=False))
     return given
 

@@ -140,11 +140,11 @@ def summary(trainer: Trainer, module: Any, batch: Any) -> dict[str, str]:
 def _of_sequences(module: SequenceModule, data: Any) -> dict[str, str]:
     gradient = module.gradient
     lines = {"gradient": f"{gradient!r}, {'exact' if gradient.exact else 'approximate'}"}
-    lanes, steps = getattr(data, "batch_size", None), getattr(data, "steps_per_batch", None)
-    if getattr(data, "layout", None) == "sequences":
+    lanes, steps, layout = (getattr(data, name, None) for name in ("batch_size", "steps_per_batch", "layout"))
+    if layout == "sequences":
         steps = data.training_task.max_length
     if isinstance(lanes, int) and isinstance(steps, int):
-        forecast = of_batches(gradient, module, lanes, steps, getattr(data, "layout", None) == "stream")
+        forecast = of_batches(gradient, module, lanes, steps, layout == "stream")
         lines["forecast memory"] = (
             f"{readable(forecast.influence_bytes)} for the influence, about {readable(forecast.workspace_bytes)} for "
             f"a chunk ({lanes} lanes, {steps} steps a batch)"
