@@ -35,19 +35,17 @@ def require_batch(batch: Any, classes: int, dtype: torch.dtype, loss: nn.Module)
         raise TypeError(f"data: batches must be rtrl_moe_pl.data.{FORM}, got {type(batch).__name__}") from None
     if inputs.is_floating_point() and inputs.dtype != dtype:
         raise TypeError(f"data: inputs are {inputs.dtype}, the model is {dtype}: give them as that")
-    shape = tuple(inputs.shape[:2])
-    kinds = {"labels": labels, "weights": weights, "starts": starts}
-    needed = {"weights": torch.Tensor.is_floating_point, "starts": lambda tensor: tensor.dtype == torch.bool}
-    names = {"labels": "int64", "weights": "floating point", "starts": "bool, or None"}
-    classified = isinstance(loss, WeightedCrossEntropy)
-    if classified:
-        needed["labels"] = lambda tensor: tensor.dtype == torch.int64
-    for name, tensor in kinds.items():
+    shape, classified = tuple(inputs.shape[:2]), isinstance(loss, WeightedCrossEntropy)
+    for name, tensor, kind, fits in (
+        ("labels", labels, "int64", lambda labels: not classified or labels.dtype == torch.int64),
+        ("weights", weights, "floating point", Tensor.is_floating_point),
+        ("starts", starts, "bool, or None", lambda starts: starts.dtype == torch.bool),
+    ):
         if tensor is None and name == "starts":
             continue
-        if not isinstance(tensor, Tensor) or not needed.get(name, lambda _: True)(tensor):
+        if not (isinstance(tensor, Tensor) and fits(tensor)):
             given = getattr(tensor, "dtype", type(tensor).__name__)
-            raise TypeError(f"data: {name} of a batch must be {names[name]}, got {given}: a batch is {FORM}")
+            raise TypeError(f"data: {name} of a batch must be {kind}, got {given}: a batch is {FORM}")
         if (classified or name != "labels") and tuple(tensor.shape) != shape:
             raise ValueError(
                 f"data: {name} of a batch must be {list(shape)} as its inputs, got {list(tensor.shape)}: a batch is "

@@ -140,6 +140,7 @@ _ADVICE = (
 
 
 AT_ONCE = 0.5  # of an update's size
+_SLOWER = "try a smaller learning rate, or a warmup of it"
 
 
 class UpdateSizeWatch(Watch):
@@ -200,16 +201,13 @@ class UpdateSizeWatch(Watch):
             self.warn(
                 trainer,
                 "large",
-                f"train/update_size was {size:.3g}: one update made most of what the weights are now: "
-                "try a smaller learning rate, or a warmup of it",
+                f"train/update_size was {size:.3g}: one update made most of what the weights are now: {_SLOWER}",
             )
         sizes = f"train/update_size was {min(self._sizes):.3g} to {max(self._sizes):.3g} in the last {self.looks} looks"
         if len(self._sizes) < self.looks:
             return
         if min(self._sizes) > self.large:
-            self.warn(
-                trainer, "large", f"{sizes}, above {self.large:g}: try a smaller learning rate, or a warmup of it"
-            )
+            self.warn(trainer, "large", f"{sizes}, above {self.large:g}: {_SLOWER}")
         if max(self._sizes) < self.small:
             self.warn(
                 trainer,
